@@ -1,0 +1,1 @@
+"""epmesh: expert-parallel all-to-all as a service."""

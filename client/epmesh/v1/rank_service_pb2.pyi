@@ -1,0 +1,122 @@
+from epmesh.v1 import error_pb2 as _error_pb2
+from epmesh.v1 import membership_service_pb2 as _membership_service_pb2
+from epmesh.v1 import view_pb2 as _view_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DescribeNodeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DescribeNodeResponse(_message.Message):
+    __slots__ = ("node_id", "incarnation", "slot", "registered", "mesh_id", "grpc_socket", "descriptor_socket", "coordinator_address", "link_host", "version")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    REGISTERED_FIELD_NUMBER: _ClassVar[int]
+    MESH_ID_FIELD_NUMBER: _ClassVar[int]
+    GRPC_SOCKET_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTOR_SOCKET_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LINK_HOST_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    incarnation: int
+    slot: int
+    registered: bool
+    mesh_id: str
+    grpc_socket: str
+    descriptor_socket: str
+    coordinator_address: str
+    link_host: str
+    version: str
+    def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., slot: _Optional[int] = ..., registered: bool = ..., mesh_id: _Optional[str] = ..., grpc_socket: _Optional[str] = ..., descriptor_socket: _Optional[str] = ..., coordinator_address: _Optional[str] = ..., link_host: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+
+class OpenRank(_message.Message):
+    __slots__ = ("local_rank", "pid", "declaration")
+    LOCAL_RANK_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    DECLARATION_FIELD_NUMBER: _ClassVar[int]
+    local_rank: int
+    pid: int
+    declaration: _membership_service_pb2.RankDeclaration
+    def __init__(self, local_rank: _Optional[int] = ..., pid: _Optional[int] = ..., declaration: _Optional[_Union[_membership_service_pb2.RankDeclaration, _Mapping]] = ...) -> None: ...
+
+class UnreachablePeers(_message.Message):
+    __slots__ = ("failures",)
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    failures: _containers.RepeatedCompositeFieldContainer[_membership_service_pb2.LinkFailure]
+    def __init__(self, failures: _Optional[_Iterable[_Union[_membership_service_pb2.LinkFailure, _Mapping]]] = ...) -> None: ...
+
+class CloseRank(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RankSessionRequest(_message.Message):
+    __slots__ = ("open", "unreachable", "close")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    UNREACHABLE_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_FIELD_NUMBER: _ClassVar[int]
+    open: OpenRank
+    unreachable: UnreachablePeers
+    close: CloseRank
+    def __init__(self, open: _Optional[_Union[OpenRank, _Mapping]] = ..., unreachable: _Optional[_Union[UnreachablePeers, _Mapping]] = ..., close: _Optional[_Union[CloseRank, _Mapping]] = ...) -> None: ...
+
+class RankOpened(_message.Message):
+    __slots__ = ("rank", "local_rank", "token")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_RANK_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    local_rank: int
+    token: bytes
+    def __init__(self, rank: _Optional[int] = ..., local_rank: _Optional[int] = ..., token: _Optional[bytes] = ...) -> None: ...
+
+class RankSessionResponse(_message.Message):
+    __slots__ = ("opened", "view", "error")
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    VIEW_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    opened: RankOpened
+    view: _view_pb2.View
+    error: _error_pb2.Error
+    def __init__(self, opened: _Optional[_Union[RankOpened, _Mapping]] = ..., view: _Optional[_Union[_view_pb2.View, _Mapping]] = ..., error: _Optional[_Union[_error_pb2.Error, _Mapping]] = ...) -> None: ...
+
+class DescriptorRequest(_message.Message):
+    __slots__ = ("token", "control_page", "group_buffers")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_PAGE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_BUFFERS_FIELD_NUMBER: _ClassVar[int]
+    token: bytes
+    control_page: ControlPage
+    group_buffers: GroupBuffers
+    def __init__(self, token: _Optional[bytes] = ..., control_page: _Optional[_Union[ControlPage, _Mapping]] = ..., group_buffers: _Optional[_Union[GroupBuffers, _Mapping]] = ...) -> None: ...
+
+class ControlPage(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GroupBuffers(_message.Message):
+    __slots__ = ("group_id", "membership_epoch")
+    GROUP_ID_FIELD_NUMBER: _ClassVar[int]
+    MEMBERSHIP_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    group_id: int
+    membership_epoch: int
+    def __init__(self, group_id: _Optional[int] = ..., membership_epoch: _Optional[int] = ...) -> None: ...
+
+class DescriptorResponse(_message.Message):
+    __slots__ = ("error", "ranks", "memfd_bytes", "region_bytes")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    MEMFD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REGION_BYTES_FIELD_NUMBER: _ClassVar[int]
+    error: _error_pb2.Error
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    memfd_bytes: int
+    region_bytes: int
+    def __init__(self, error: _Optional[_Union[_error_pb2.Error, _Mapping]] = ..., ranks: _Optional[_Iterable[int]] = ..., memfd_bytes: _Optional[int] = ..., region_bytes: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""The service side of epmesh: coordinator, node service, ranks, command line."""
