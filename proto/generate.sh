@@ -9,7 +9,7 @@ top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ $# -ge 1 ] || { echo "usage: $0 OUT [DESCRIPTORS]" >&2; exit 2; }
 out=$1
 descriptors=${2:-}
-tools=(grpcio-tools==1.80.0 grpcio==1.80.0 protobuf==6.31.1 mypy-protobuf==3.7.0 types-protobuf==6.32.1.20250918)
+tools=(grpcio-tools==1.80.0 grpcio==1.80.0 protobuf==6.31.1 mypy-protobuf==3.7.0)
 venv=$top/.venv-proto
 stamp=$venv/.complete
 
@@ -22,11 +22,13 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "${tools[*]}" ]; then
 fi
 
 # Sorted paths relative to proto/: generated code must not depend on where the checkout lies.
-cd "$top/proto"
-mapfile -t protos < <(find epmesh -name '*.proto' | LC_ALL=C sort)
-cd - >/dev/null
+mapfile -t protos < <(cd "$top/proto" && find epmesh -name '*.proto' | LC_ALL=C sort)
+services=()
+for proto in "${protos[@]}"; do [[ $proto != *_service.proto ]] || services+=("$proto"); done
+protoc() { PATH="$venv/bin:$PATH" PYTHONWARNINGS=ignore "$venv/bin/python" -m grpc_tools.protoc -I "$top/proto" "$@"; }
+
 mkdir -p "$out"
-echo "proto: generating from ${#protos[@]} files"
-flags=(-I "$top/proto" --python_out="$out" --pyi_out="$out" --grpc_python_out="$out")
-[ -z "$descriptors" ] || flags+=(--include_imports --include_source_info --descriptor_set_out="$descriptors")
-PATH="$venv/bin:$PATH" "$venv/bin/python" -m grpc_tools.protoc "${flags[@]}" --mypy_grpc_out="$out" "${protos[@]}"
+echo "proto: generating from ${#protos[@]} files, ${#services[@]} of them with services"
+protoc --python_out="$out" --pyi_out="$out" "${protos[@]}"
+protoc --grpc_python_out="$out" --mypy_grpc_out=quiet:"$out" "${services[@]}"
+[ -z "$descriptors" ] || protoc --include_source_info --descriptor_set_out="$descriptors" "${protos[@]}"
