@@ -1,0 +1,35 @@
+"""What every test shares: how properties are tried, and which tests this machine can run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import hypothesis
+import pytest
+
+# The same examples on every run, and no wall-clock limit for one: a busy machine must not fail a property.
+# HYPOTHESIS_PROFILE=search looks for new counterexamples instead.
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips, with the reason, what needs hardware or an engine that is not here."""
+    for marker, missing in (("gpu", _no_gpu), ("compose", _no_container_engine)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = missing() if marked else ""
+        if reason:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _no_gpu() -> str:
+    import torch
+
+    return "" if torch.cuda.is_available() else "no CUDA device here"
+
+
+def _no_container_engine() -> str:
+    return "" if shutil.which("docker") else "no docker command here"

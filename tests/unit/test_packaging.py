@@ -1,0 +1,95 @@
+"""The base install is light: routers need no torch. The distribution carries what it must, and says one version."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+IMPORT_EVERY_CLIENT_MODULE = """
+import importlib, importlib.util, pkgutil, sys
+import epmesh
+needs_server = {"epmesh.testing"}
+for module in pkgutil.walk_packages(epmesh.__path__, "epmesh."):
+    if module.name not in needs_server:
+        importlib.import_module(module.name)
+assert "torch" not in sys.modules, "some client module imports torch"
+"""
+
+
+@pytest.fixture(scope="module")
+def light_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a new environment that holds the base install and nothing else."""
+    folder = tmp_path_factory.mktemp("light")
+    venv.create(folder, with_pip=True, symlinks=True)
+    python = folder / "bin" / "python"
+    run([python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", ROOT])
+    return python
+
+
+def run(command: Sequence[str | Path], cwd: Path = ROOT) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, cwd=cwd)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.timeout(240)  # fetches the base dependencies where pip has not cached them
+def test_base_install_imports_without_torch(light_python: Path, tmp_path: Path) -> None:
+    code = IMPORT_EVERY_CLIENT_MODULE + "assert importlib.util.find_spec('torch') is None, 'torch came along'\n"
+    run([light_python, "-W", "error", "-c", code], cwd=tmp_path)
+
+
+@pytest.mark.timeout(240)
+def test_join_in_a_base_install_names_the_extra_to_install(light_python: Path, tmp_path: Path) -> None:
+    code = """
+import epmesh
+try:
+    epmesh.join("127.0.0.1:7400")
+except ImportError as error:
+    print(error)
+"""
+    assert "pip install 'epmesh[server]'" in run([light_python, "-c", code], cwd=tmp_path)
+
+
+def test_importing_the_client_does_not_import_torch_where_it_is_installed(tmp_path: Path) -> None:
+    run([sys.executable, "-c", IMPORT_EVERY_CLIENT_MODULE], cwd=tmp_path)
+
+
+@pytest.mark.timeout(240)
+def test_wheel_carries_both_packages_with_types_and_licence(tmp_path: Path) -> None:
+    run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT])
+    (wheel,) = tmp_path.glob("epmesh-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"epmesh/__init__.py", "epmesh/py.typed", "epmesh_server/__init__.py", "epmesh_server/py.typed"} <= names
+    assert {"epmesh/v1/frame_pb2.py", "epmesh/v1/frame_pb2.pyi", "epmesh/v1/rank_service_pb2_grpc.pyi"} <= names
+    assert f"epmesh-{PROJECT['version']}.dist-info/licenses/LICENSE" in names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"epmesh", "epmesh_server"}
+
+
+def test_namespace_folders_hold_no_package_of_their_own() -> None:
+    assert not [folder for folder in ("client", "server", "proto") if (ROOT / folder / "__init__.py").exists()]
+
+
+def test_version_is_the_same_everywhere() -> None:
+    import epmesh
+
+    assert epmesh.__version__ == PROJECT["version"] == importlib.metadata.version("epmesh")
+
+
+def test_base_dependencies_stay_few() -> None:
+    assert {requirement.split(">")[0] for requirement in PROJECT["dependencies"]} == {
+        "grpcio",
+        "numpy",
+        "protobuf",
+        "pyzmq",
+    }
