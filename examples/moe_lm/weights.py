@@ -1,0 +1,86 @@
+"""Weights on disk: one safetensors file whose metadata carries the model's shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .experts import ExpertBackend, Experts
+from .model import MoeConfig, MoeLanguageModel
+from .tokenizer import Tokenizer
+
+WEIGHTS = Path(__file__).with_name("weights.safetensors")
+VOCABULARY = Path(__file__).with_name("vocabulary.json")
+
+
+def save(model: MoeLanguageModel, path: Path) -> None:
+    """Write all weights, rounded to fp16; compute is in fp32 whatever is stored."""
+    tensors = {name: tensor.to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path, metadata={"config": json.dumps(dataclasses.asdict(model.config))})
+
+
+def load(
+    path: Path = WEIGHTS, *, expert_ids: Sequence[int] | None = None, backend: ExpertBackend | None = None
+) -> MoeLanguageModel:
+    """Load the model in fp32, ready for inference.
+
+    Args:
+        path: a file that `save` wrote.
+        expert_ids: the experts to hold in every layer; None holds all. The others' weights are never read.
+        backend: where experts run; None is `LocalExperts`, which needs all of them.
+    """
+    config = load_config(path)
+    with torch.device("meta"):
+        model = MoeLanguageModel(config, backend)
+    model.set_experts(load_experts_share(path, range(config.num_experts) if expert_ids is None else expert_ids))
+    model.load_state_dict(_load_dense(path), strict=False, assign=True)
+    model.reset_turns()
+    return model.eval().requires_grad_(False)
+
+
+def load_config(path: Path = WEIGHTS) -> MoeConfig:
+    """Read the model's shape from the file's metadata."""
+    with safe_open(path, framework="pt") as file:
+        return MoeConfig(**json.loads(file.metadata()["config"]))
+
+
+def load_experts_share(path: Path, expert_ids: Sequence[int]) -> list[Experts]:
+    """Read only the named experts, one `Experts` per layer, in fp32.
+
+    Raises:
+        ValueError: an id is outside `0 .. num_experts - 1`.
+    """
+    config = load_config(path)
+    if unknown := [expert_id for expert_id in expert_ids if not 0 <= expert_id < config.num_experts]:
+        raise ValueError(f"experts {unknown} are outside 0..{config.num_experts - 1}")
+    with safe_open(path, framework="pt") as file:
+        return [_read_experts(file, f"blocks.{layer}.experts", expert_ids) for layer in range(config.num_layers)]
+
+
+def load_tokenizer(path: Path = VOCABULARY) -> Tokenizer:
+    """Read the vocabulary that belongs to the committed weights."""
+    return Tokenizer.load(path)
+
+
+def _read_experts(file: Any, prefix: str, expert_ids: Sequence[int]) -> Experts:
+    up, down = (_read_rows(file.get_slice(f"{prefix}.{name}"), expert_ids) for name in ("up", "down"))
+    return Experts(expert_ids, up, down)
+
+
+def _read_rows(stacked: Any, rows: Sequence[int]) -> Tensor:
+    if not rows:
+        return torch.empty(0, *stacked.get_shape()[1:])
+    return torch.cat([stacked[row : row + 1] for row in rows]).float()
+
+
+def _load_dense(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).float() for name in file.keys() if ".experts." not in name}  # noqa: SIM118
