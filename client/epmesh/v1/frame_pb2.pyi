@@ -16,12 +16,14 @@ class FrameKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FRAME_KIND_COLLECTIVE: _ClassVar[FrameKind]
     FRAME_KIND_POINT_TO_POINT: _ClassVar[FrameKind]
     FRAME_KIND_ABANDON: _ClassVar[FrameKind]
+    FRAME_KIND_TAKEN: _ClassVar[FrameKind]
 FRAME_KIND_UNSPECIFIED: FrameKind
 FRAME_KIND_DISPATCH: FrameKind
 FRAME_KIND_COMBINE: FrameKind
 FRAME_KIND_COLLECTIVE: FrameKind
 FRAME_KIND_POINT_TO_POINT: FrameKind
 FRAME_KIND_ABANDON: FrameKind
+FRAME_KIND_TAKEN: FrameKind
 
 class TensorMeta(_message.Message):
     __slots__ = ("dtype", "shape")
@@ -62,15 +64,17 @@ class FrameHeader(_message.Message):
     def __init__(self, mesh_id: _Optional[str] = ..., epoch: _Optional[int] = ..., group_id: _Optional[int] = ..., sequence: _Optional[int] = ..., kind: _Optional[_Union[FrameKind, str]] = ..., source: _Optional[int] = ..., incarnation: _Optional[int] = ..., link_sequence: _Optional[int] = ..., step: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., call: _Optional[bytes] = ..., error: _Optional[_Union[_error_pb2.Error, _Mapping]] = ...) -> None: ...
 
 class CallDescriptor(_message.Message):
-    __slots__ = ("method", "arguments", "tensors", "sizes", "refusal")
+    __slots__ = ("method", "arguments", "tensors", "numbers", "refusal", "abandoned")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
-    SIZES_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    ABANDONED_FIELD_NUMBER: _ClassVar[int]
     method: str
     arguments: str
     tensors: _containers.RepeatedCompositeFieldContainer[TensorMeta]
-    sizes: _containers.RepeatedScalarFieldContainer[int]
+    numbers: _containers.RepeatedScalarFieldContainer[int]
     refusal: _error_pb2.Error
-    def __init__(self, method: _Optional[str] = ..., arguments: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., sizes: _Optional[_Iterable[int]] = ..., refusal: _Optional[_Union[_error_pb2.Error, _Mapping]] = ...) -> None: ...
+    abandoned: int
+    def __init__(self, method: _Optional[str] = ..., arguments: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., numbers: _Optional[_Iterable[int]] = ..., refusal: _Optional[_Union[_error_pb2.Error, _Mapping]] = ..., abandoned: _Optional[int] = ...) -> None: ...
