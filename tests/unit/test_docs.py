@@ -1,0 +1,54 @@
+"""What the pages say of the code is so: links lead somewhere, tables are those of the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from epmesh import errors, frames
+from epmesh.v1 import error_pb2
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/*.md")])
+WIRE = (ROOT / "docs" / "wire.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+    assert not missing
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    linked = set(re.findall(r"\]\(([^)]+\.md)\)", (ROOT / "README.md").read_text()))
+    assert {f"docs/{page.name}" for page in ROOT.glob("docs/*.md")} <= linked
+
+
+def test_wire_page_has_the_error_table_of_the_code() -> None:
+    rows = re.findall(r"^\| `([A-Z_]+)` \| `(\w+)` \| `([A-Z_]+)` \|", WIRE, re.MULTILINE)
+    expected = []
+    for name, code in error_pb2.ErrorCode.items():
+        error = errors.from_proto(error_pb2.Error(code=code))
+        if code != error_pb2.ERROR_CODE_UNSPECIFIED:
+            expected.append((name.removeprefix("ERROR_CODE_"), type(error).__name__, errors.status_code(error).name))
+    assert rows == expected
+
+
+def test_wire_page_has_the_limits_and_dtypes_of_the_code() -> None:
+    assert f"| header | {frames.MAX_HEADER_BYTES >> 10} KiB |" in WIRE
+    assert f"| tensors in a message | {frames.MAX_TENSORS} |" in WIRE
+    assert f"| dimensions of a tensor | {frames.MAX_DIMS} |" in WIRE
+    assert f"| bytes of a tensor | {frames.MAX_TENSOR_BYTES >> 30} GiB |" in WIRE
+    (dtypes,) = re.findall(r"^Dtypes carry torch's names: (.*?)\.$", WIRE, re.MULTILINE | re.DOTALL)
+    assert re.findall(r"`(\w+)`", dtypes) == list(frames.ITEM_BYTES)
+
+
+def test_wire_page_names_every_service() -> None:
+    services = re.findall(
+        r"^service (\w+)", "\n".join(path.read_text() for path in ROOT.glob("proto/**/*.proto")), re.M
+    )
+    assert services
+    assert [name for name in services if f"`{name}`" not in WIRE] == []
