@@ -26,19 +26,23 @@ from epmesh.v1 import membership_service_pb2 as epmesh_dot_v1_dot_membership__se
 from epmesh.v1 import view_pb2 as epmesh_dot_v1_dot_view__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x65pmesh/v1/log.proto\x12\tepmesh.v1\x1a\"epmesh/v1/membership_service.proto\x1a\x14\x65pmesh/v1/view.proto\"\xd2\x01\n\tLogRecord\x12.\n\x0cmesh_created\x18\x01 \x01(\x0b\x32\x16.epmesh.v1.MeshCreatedH\x00\x12\x34\n\x0fnode_registered\x18\x02 \x01(\x0b\x32\x19.epmesh.v1.NodeRegisteredH\x00\x12)\n\x0eview_committed\x18\x03 \x01(\x0b\x32\x0f.epmesh.v1.ViewH\x00\x12*\n\nepoch_used\x18\x04 \x01(\x0b\x32\x14.epmesh.v1.EpochUsedH\x00\x42\x08\n\x06record\".\n\x0bMeshCreated\x12\x0f\n\x07mesh_id\x18\x01 \x01(\t\x12\x0e\n\x06stride\x18\x02 \x01(\r\"O\n\x0eNodeRegistered\x12/\n\x07request\x18\x01 \x01(\x0b\x32\x1e.epmesh.v1.RegisterNodeRequest\x12\x0c\n\x04slot\x18\x02 \x01(\r\"\x1a\n\tEpochUsed\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x65pmesh/v1/log.proto\x12\tepmesh.v1\x1a\"epmesh/v1/membership_service.proto\x1a\x14\x65pmesh/v1/view.proto\"1\n\x08LogBatch\x12%\n\x07records\x18\x01 \x03(\x0b\x32\x14.epmesh.v1.LogRecord\"\xfe\x01\n\tLogRecord\x12.\n\x0cmesh_created\x18\x01 \x01(\x0b\x32\x16.epmesh.v1.MeshCreatedH\x00\x12\x34\n\x0fnode_registered\x18\x02 \x01(\x0b\x32\x19.epmesh.v1.NodeRegisteredH\x00\x12)\n\x0eview_committed\x18\x03 \x01(\x0b\x32\x0f.epmesh.v1.ViewH\x00\x12*\n\nepoch_used\x18\x04 \x01(\x0b\x32\x14.epmesh.v1.EpochUsedH\x00\x12*\n\nranks_lost\x18\x05 \x01(\x0b\x32\x14.epmesh.v1.RanksLostH\x00\x42\x08\n\x06record\".\n\x0bMeshCreated\x12\x0f\n\x07mesh_id\x18\x01 \x01(\t\x12\x0e\n\x06stride\x18\x02 \x01(\r\"O\n\x0eNodeRegistered\x12/\n\x07request\x18\x01 \x01(\x0b\x32\x1e.epmesh.v1.RegisterNodeRequest\x12\x0c\n\x04slot\x18\x02 \x01(\r\"1\n\tEpochUsed\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x15\n\rnext_group_id\x18\x02 \x01(\r\"6\n\tRanksLost\x12)\n\x05ranks\x18\x01 \x03(\x0b\x32\x1a.epmesh.v1.RankIncarnationb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'epmesh.v1.log_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LOGRECORD']._serialized_start=93
-  _globals['_LOGRECORD']._serialized_end=303
-  _globals['_MESHCREATED']._serialized_start=305
-  _globals['_MESHCREATED']._serialized_end=351
-  _globals['_NODEREGISTERED']._serialized_start=353
-  _globals['_NODEREGISTERED']._serialized_end=432
-  _globals['_EPOCHUSED']._serialized_start=434
-  _globals['_EPOCHUSED']._serialized_end=460
+  _globals['_LOGBATCH']._serialized_start=92
+  _globals['_LOGBATCH']._serialized_end=141
+  _globals['_LOGRECORD']._serialized_start=144
+  _globals['_LOGRECORD']._serialized_end=398
+  _globals['_MESHCREATED']._serialized_start=400
+  _globals['_MESHCREATED']._serialized_end=446
+  _globals['_NODEREGISTERED']._serialized_start=448
+  _globals['_NODEREGISTERED']._serialized_end=527
+  _globals['_EPOCHUSED']._serialized_start=529
+  _globals['_EPOCHUSED']._serialized_end=578
+  _globals['_RANKSLOST']._serialized_start=580
+  _globals['_RANKSLOST']._serialized_end=634
 # @@protoc_insertion_point(module_scope)

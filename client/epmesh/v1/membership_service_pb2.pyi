@@ -186,11 +186,21 @@ class Commit(_message.Message):
     view: _view_pb2.View
     def __init__(self, view: _Optional[_Union[_view_pb2.View, _Mapping]] = ...) -> None: ...
 
+class RankIncarnation(_message.Message):
+    __slots__ = ("rank", "incarnation")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    incarnation: int
+    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
+
 class Evict(_message.Message):
-    __slots__ = ("error",)
+    __slots__ = ("error", "ranks")
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     error: _error_pb2.Error
-    def __init__(self, error: _Optional[_Union[_error_pb2.Error, _Mapping]] = ...) -> None: ...
+    ranks: _containers.RepeatedCompositeFieldContainer[RankIncarnation]
+    def __init__(self, error: _Optional[_Union[_error_pb2.Error, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankIncarnation, _Mapping]]] = ...) -> None: ...
 
 class NodeSessionResponse(_message.Message):
     __slots__ = ("heartbeat", "prepare", "finish", "commit", "evict")

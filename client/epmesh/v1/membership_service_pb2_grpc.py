@@ -61,7 +61,7 @@ class MembershipServiceServicer(object):
 
     def NodeSession(self, request_iterator, context):
         """NodeSession is the control stream of one registered node; its first report is `hello`.
-        When it breaks, the node is dead.
+        When it breaks, the node is dead; a node that leaves in good order ends its side of the stream instead.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -91,7 +91,7 @@ class MembershipServiceStub(typing.Generic[_MembershipServiceRegisterNodeType, _
 
     NodeSession: _MembershipServiceNodeSessionType
     """NodeSession is the control stream of one registered node; its first report is `hello`.
-    When it breaks, the node is dead.
+    When it breaks, the node is dead; a node that leaves in good order ends its side of the stream instead.
     """
 
 MembershipServiceAsyncStub: typing_extensions.TypeAlias = MembershipServiceStub[
@@ -125,7 +125,7 @@ class MembershipServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[epmesh.v1.membership_service_pb2.NodeSessionResponse], collections.abc.AsyncIterator[epmesh.v1.membership_service_pb2.NodeSessionResponse]]:
         """NodeSession is the control stream of one registered node; its first report is `hello`.
-        When it breaks, the node is dead.
+        When it breaks, the node is dead; a node that leaves in good order ends its side of the stream instead.
         """
 
 def add_MembershipServiceServicer_to_server(servicer: MembershipServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
