@@ -30,9 +30,9 @@ def test_every_page_is_reached_from_the_readme() -> None:
 def test_wire_page_has_the_error_table_of_the_code() -> None:
     rows = re.findall(r"^\| `([A-Z_]+)` \| `(\w+)` \| `([A-Z_]+)` \|", WIRE, re.MULTILINE)
     expected = []
-    for name, code in error_pb2.ErrorCode.items():
-        error = errors.from_proto(error_pb2.Error(code=code))
-        if code != error_pb2.ERROR_CODE_UNSPECIFIED:
+    for name in error_pb2.ErrorCode.keys():  # noqa: SIM118 - an enum wrapper is no dict
+        error = errors.from_proto(error_pb2.Error(code=name))
+        if type(error) is not errors.EpmeshError:
             expected.append((name.removeprefix("ERROR_CODE_"), type(error).__name__, errors.status_code(error).name))
     assert rows == expected
 
