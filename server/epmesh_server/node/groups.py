@@ -1,0 +1,57 @@
+"""GroupService of a node: changes go to the coordinator, what is known is answered here."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+
+from epmesh.errors import NotReady, from_rpc_error
+from epmesh.grpc_errors import abort
+from epmesh.v1 import group_service_pb2 as wire
+from epmesh.v1 import group_service_pb2_grpc
+from epmesh_server.node.views import ViewBoard
+
+_MAX_TIMEOUT_S = 600.0
+_Context = grpc.aio.ServicerContext[Any, Any]
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+
+class Groups(group_service_pb2_grpc.GroupServiceServicer):
+    """Forwards to the coordinator with the caller's deadline; typed errors pass through as they are."""
+
+    def __init__(self, coordinator: str, channel: grpc.aio.Channel, board: ViewBoard) -> None:
+        self._coordinator = coordinator
+        self._stub = group_service_pb2_grpc.GroupServiceStub(channel)
+        self._board = board
+
+    async def CreateGroup(self, request: wire.CreateGroupRequest, context: _Context) -> wire.CreateGroupResponse:
+        """Makes a group."""
+        return await self._forward(self._stub.CreateGroup, request, context)
+
+    async def DestroyGroup(self, request: wire.DestroyGroupRequest, context: _Context) -> wire.DestroyGroupResponse:
+        """Removes a group."""
+        return await self._forward(self._stub.DestroyGroup, request, context)
+
+    async def SetExpertPlacement(
+        self, request: wire.SetExpertPlacementRequest, context: _Context
+    ) -> wire.SetExpertPlacementResponse:
+        """Replaces a placement."""
+        return await self._forward(self._stub.SetExpertPlacement, request, context)
+
+    async def ListGroups(self, request: wire.ListGroupsRequest, context: _Context) -> wire.ListGroupsResponse:
+        """The groups of the newest view known here; works while the coordinator is away."""
+        if self._board.message is None:
+            await abort(context, NotReady(f"there is no view yet; the coordinator is {self._coordinator}"))
+        return wire.ListGroupsResponse(groups=self._board.message.groups)
+
+    async def _forward(
+        self, call: Callable[..., Awaitable[_Response]], request: _Request, context: _Context
+    ) -> _Response:
+        timeout_s = min(context.time_remaining(), _MAX_TIMEOUT_S)
+        try:
+            return await call(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as exc:
+            await abort(context, from_rpc_error(exc, f"coordinator at {self._coordinator}"))

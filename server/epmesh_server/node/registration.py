@@ -1,0 +1,53 @@
+"""Who the node says it is, and what the coordinator granted."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who the node says it is.
+
+    Attributes:
+        incarnation: drawn at random at the start of the node service.
+        address: host:port for other nodes and clients.
+        slot: claims the slot of a dead node; `None` claims none.
+    """
+
+    node_id: str
+    incarnation: int
+    address: str
+    version: str
+    slot: int | None = None
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What the coordinator granted; durations in seconds."""
+
+    slot: int
+    mesh_id: str
+    stride: int
+    heartbeat_interval_s: float
+    lease_s: float
+
+
+class Enrolment:
+    """The newest registration, and those who wait for the first."""
+
+    def __init__(self) -> None:
+        self.current: Registration | None = None
+        self._granted = asyncio.Event()
+
+    def grant(self, registration: Registration) -> None:
+        """The coordinator accepted the node."""
+        self.current = registration
+        self._granted.set()
+
+    async def granted(self) -> Registration:
+        """Waits for the first registration; returns the newest."""
+        await self._granted.wait()
+        assert self.current is not None
+        return self.current

@@ -1,0 +1,43 @@
+"""How this service opens gRPC channels and servers: keepalive, sizes, deadlines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grpc
+
+CALL_TIMEOUT_S = 1.0
+MAX_MESSAGE_BYTES = 16 << 20
+
+_COMMON = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+# Without these a half-open connection hangs a call for good.
+_KEEPALIVE = (
+    ("grpc.keepalive_time_ms", 500),
+    ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
+    *_COMMON,
+    *_KEEPALIVE,
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+_PERMISSIVE = (
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 100),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a share of its connections
+)
+TCP_SERVER_OPTIONS: Sequence[tuple[str, int]] = (*_COMMON, *_KEEPALIVE, *_PERMISSIVE)
+# The kernel says when a local peer is gone; pings from here would only punish processes that are late, not dead.
+UNIX_SERVER_OPTIONS: Sequence[tuple[str, int]] = (*_COMMON, *_PERMISSIVE)
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A channel to a service at host:port; connects when first used."""
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)

@@ -1,0 +1,58 @@
+"""The directory of the node's unix sockets: mode 0700, ours alone, gone at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from epmesh.errors import InvalidRequest
+
+GRPC_SOCKET, DESCRIPTOR_SOCKET = "grpc.sock", "descriptors.sock"
+_MAX_SOCKET_PATH_BYTES = 107
+
+
+@contextlib.contextmanager
+def runtime_directory(wanted: Path | None) -> Iterator[Path]:
+    """The directory as given, or a fresh one that is removed at the end. Sockets are removed from either.
+
+    Raises:
+        InvalidRequest: the directory is somebody else's, open to others, or its path is too long for a socket.
+    """
+    path = _fresh() if wanted is None else _given(wanted)
+    try:
+        _check_length(path)
+        yield path
+    finally:
+        if wanted is None:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            for name in (GRPC_SOCKET, DESCRIPTOR_SOCKET):
+                (path / name).unlink(missing_ok=True)
+
+
+def _fresh() -> Path:
+    return Path(tempfile.mkdtemp(prefix="epmesh-node-"))  # mkdtemp makes it 0700
+
+
+def _given(path: Path) -> Path:
+    path = path.absolute()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat()
+    except OSError as exc:
+        raise InvalidRequest(f"runtime directory {path} cannot be made: {exc}") from exc
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise InvalidRequest(f"runtime directory {path} must belong to this user alone; chmod 700 it")
+    return path
+
+
+def _check_length(path: Path) -> None:
+    longest = os.fsencode(path / DESCRIPTOR_SOCKET)
+    if len(longest) > _MAX_SOCKET_PATH_BYTES:
+        raise InvalidRequest(
+            f"runtime directory {path} is too long: a unix socket's path has at most {_MAX_SOCKET_PATH_BYTES} bytes"
+        )

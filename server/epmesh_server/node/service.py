@@ -1,0 +1,218 @@
+"""The node service: puts the parts together, starts them, and takes them down again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable
+from epmesh.v1 import (
+    discovery_service_pb2_grpc,
+    group_service_pb2_grpc,
+    rank_service_pb2,
+    rank_service_pb2_grpc,
+    store_service_pb2_grpc,
+)
+from epmesh_server.node.buffers import BufferPool
+from epmesh_server.node.commands import Commands
+from epmesh_server.node.coordinator_link import CoordinatorLink
+from epmesh_server.node.descriptors import DescriptorBroker
+from epmesh_server.node.follower import EpochFollower
+from epmesh_server.node.groups import Groups
+from epmesh_server.node.hosting import RankHosting
+from epmesh_server.node.rank_service import RankService
+from epmesh_server.node.ranks import RankTable
+from epmesh_server.node.registration import Enrolment, Identity
+from epmesh_server.node.rpc import TCP_SERVER_OPTIONS, UNIX_SERVER_OPTIONS, open_channel
+from epmesh_server.node.runtime_dir import DESCRIPTOR_SOCKET, GRPC_SOCKET, runtime_directory
+from epmesh_server.node.settings import NodeSettings
+from epmesh_server.node.store import KeyValueStore, Store
+from epmesh_server.node.views import Discovery, ViewBoard
+
+_log = logging.getLogger(__name__)
+HEALTH_SERVICES = ("", "epmesh.node")
+_STOP_GRACE_S = 0.4
+_LEAVE_S = 0.3
+
+
+async def run_node(settings: NodeSettings, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
+    """Runs a node service until `stop` is set.
+
+    Args:
+        on_ready: called with the bound ``host:port`` once everything listens; the coordinator may still be away.
+
+    Raises:
+        InvalidRequest: the port is in use, a directory cannot be used, or the coordinator refuses the node for good.
+        Unauthenticated: the coordinator does not take this node's word.
+    """
+    with runtime_directory(settings.runtime_dir) as directory:
+        node = Node(settings, directory)
+        try:
+            on_ready(await node.start())
+            await node.run_until(stop)
+        finally:
+            await asyncio.shield(node.close())
+
+
+class Node:
+    """One node service on one event loop: `start`, `run_until`, `close`."""
+
+    def __init__(self, settings: NodeSettings, directory: Path) -> None:
+        self._settings = settings
+        self._directory = directory
+        self._board = ViewBoard()
+        self._enrolment = Enrolment()
+        self._table = RankTable()
+        self._store = KeyValueStore()
+        self._pool = BufferPool(settings.region_bytes)
+        self._follower = EpochFollower(self._table, self._board, self._store, self._pool)
+        self._hosting = RankHosting(self._table, self._follower, self._board, self._enrolment)
+        self._health = health.aio.HealthServicer()
+        self._channel = open_channel(settings.coordinator)
+        self._commands = Commands(self._table, self._board, self._follower, self._hosting, self._enrolment)
+        self._link = CoordinatorLink(settings.coordinator, self._channel, self._commands)
+        self._table.on_change = self._link.ranks_changed
+        self._hosting.on_links = self._link.links_changed
+        self._groups = Groups(settings.coordinator, self._channel, self._board)
+        self._identity = Identity(settings.node_id or "", secrets.randbits(63) | 1, "", package_version())
+        self._exit = contextlib.AsyncExitStack()
+
+    async def start(self) -> str:
+        """Binds everything; returns the bound ``host:port``.
+
+        Raises:
+            InvalidRequest: a port or path cannot be bound.
+        """
+        self._exit.push_async_callback(self._channel.close, None)
+        self._exit.callback(self._follower.close)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        bound = await self._listen_tcp()
+        await self._listen_unix()
+        broker = DescriptorBroker(self._directory / DESCRIPTOR_SOCKET, self._table, self._board, self._pool)
+        self._exit.callback(broker.close)
+        return bound
+
+    async def run_until(self, stop: asyncio.Event) -> None:
+        """Follows the coordinator until `stop` is set.
+
+        Raises:
+            EpmeshError: the coordinator refused the node for good.
+        """
+        following = asyncio.create_task(self._link.run(self._identity))
+        stopped = asyncio.create_task(stop.wait())
+        serving = asyncio.create_task(self._report_health())
+        tasks = (following, stopped, serving)
+        try:
+            await asyncio.wait((following, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if following.done():
+                following.result()
+        finally:
+            # Ranks hear of it before the coordinator can commit anything without them.
+            self._hosting.end_all(self._farewell())
+            await self._link.leave(_LEAVE_S)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Ends every rank's membership and closes everything; idempotent and bounded in time."""
+        await self._hosting.close(self._farewell())
+        await self._exit.aclose()
+        _log.info("node %s: stop.complete", self._identity.node_id)
+
+    def describe(self) -> rank_service_pb2.DescribeNodeResponse:
+        """Who the node is and where its unix sockets are."""
+        registration = self._enrolment.current
+        return rank_service_pb2.DescribeNodeResponse(
+            node_id=self._identity.node_id,
+            incarnation=self._identity.incarnation,
+            slot=registration.slot if registration else 0,
+            registered=registration is not None,
+            mesh_id=registration.mesh_id if registration else "",
+            grpc_socket=str(self._directory / GRPC_SOCKET),
+            descriptor_socket=str(self._directory / DESCRIPTOR_SOCKET),
+            coordinator_address=self._settings.coordinator,
+            link_host=self._settings.link_host or self._identity.address.rpartition(":")[0],
+            version=self._identity.version,
+        )
+
+    async def _listen_tcp(self) -> str:
+        settings = self._settings
+        server = self._make_server(TCP_SERVER_OPTIONS, RankService(self.describe, None, self._board))
+        port = _bind(server, f"{settings.host}:{settings.port}")
+        bound = f"{settings.host}:{port}"
+        self._identity = _identity(settings, bound, port, self._identity.incarnation)
+        await self._begin(server)
+        return bound
+
+    async def _listen_unix(self) -> None:
+        path = self._directory / GRPC_SOCKET
+        path.unlink(missing_ok=True)
+        server = self._make_server(UNIX_SERVER_OPTIONS, RankService(self.describe, self._hosting, self._board))
+        store_service_pb2_grpc.add_StoreServiceServicer_to_server(Store(self._store), server)
+        _bind(server, f"unix:{path}")
+        await self._begin(server)
+
+    def _make_server(self, options: Sequence[tuple[str, int]], ranks: RankService) -> grpc.aio.Server:
+        server = grpc.aio.server(options=options)
+        rank_service_pb2_grpc.add_RankServiceServicer_to_server(ranks, server)
+        discovery = Discovery(self._board, waiting_for=f"the coordinator is {self._settings.coordinator}")
+        discovery_service_pb2_grpc.add_DiscoveryServiceServicer_to_server(discovery, server)
+        group_service_pb2_grpc.add_GroupServiceServicer_to_server(self._groups, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        return server
+
+    async def _begin(self, server: grpc.aio.Server) -> None:
+        await server.start()
+        self._exit.push_async_callback(server.stop, _STOP_GRACE_S)
+
+    async def _report_health(self) -> None:
+        """SERVING once the node is registered and knows a view; not again before both are so after a change."""
+        while True:
+            serving = self._enrolment.current is not None and self._board.view is not None
+            status = health_pb2.HealthCheckResponse
+            await self._set_health(status.SERVING if serving else status.NOT_SERVING)
+            await self._board.changed()
+
+    async def _set_health(self, status: int) -> None:
+        for service in HEALTH_SERVICES:
+            await self._health.set(service, status)
+
+    def _farewell(self) -> EpmeshError:
+        return MeshUnavailable(f"node service {self._identity.node_id} is shutting down")
+
+
+def package_version() -> str:
+    """Version of the installed package; coordinators compare major and minor."""
+    return importlib.metadata.version("epmesh")
+
+
+def _bind(server: grpc.aio.Server, address: str) -> int:
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as exc:
+        raise InvalidRequest(
+            f"cannot listen at {address}: it is in use, or not an address of this host; choose another --port or --host"
+        ) from exc
+
+
+def _identity(settings: NodeSettings, bound: str, port: int, incarnation: int) -> Identity:
+    hostname = socket.gethostname()
+    advertise = settings.advertise or (hostname if settings.host in ("0.0.0.0", "[::]", "::") else bound)
+    address = advertise if ":" in advertise else f"{advertise}:{port}"
+    return Identity(
+        node_id=settings.node_id or f"{hostname}:{port}",
+        incarnation=incarnation,
+        address=address,
+        version=package_version(),
+        slot=settings.slot,
+    )

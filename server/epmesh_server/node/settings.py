@@ -1,0 +1,92 @@
+"""What a node service is told at its start."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+from epmesh.errors import InvalidRequest
+from epmesh_server.shared_memory import PAGE_BYTES
+
+DEFAULT_PORT = 7400
+DEFAULT_COORDINATOR = "127.0.0.1:7401"
+DEFAULT_BUFFER_BYTES = 1 << 30
+MAX_NODE_ID_CHARS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSettings:
+    """Settings of one node service; checked when made.
+
+    Attributes:
+        host: address to listen on.
+        port: TCP port; 0 takes a free one, and what was bound is published.
+        node_id: name of the node, unique among live ones; `None` means ``hostname:port``.
+        coordinator: host:port of the coordinator.
+        runtime_dir: directory for the unix sockets, mode 0700; `None` makes a fresh one and removes it at the end.
+        buffer_bytes: most bytes one source may have for one rank in one exchange; rounded up to whole pages.
+        advertise: host or host:port under which others reach this node; `None` means what was bound.
+        link_host: host that the links of this node's ranks bind and advertise; `None` means the advertised host.
+        slot: claims the slot of a dead node, for a replacement under another name.
+        insecure: allows a host that is not loopback although nothing authenticates callers yet.
+
+    Raises:
+        InvalidRequest: a value is out of range.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    node_id: str | None = None
+    coordinator: str = DEFAULT_COORDINATOR
+    runtime_dir: Path | None = None
+    buffer_bytes: int = DEFAULT_BUFFER_BYTES
+    advertise: str | None = None
+    link_host: str | None = None
+    slot: int | None = None
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65_535:
+            raise InvalidRequest(f"port is {self.port}; it must be 0 to 65535")
+        if self.buffer_bytes <= 0:
+            raise InvalidRequest(f"buffer bytes are {self.buffer_bytes}; they must be positive")
+        if self.slot is not None and self.slot < 0:
+            raise InvalidRequest(f"slot is {self.slot}; it must not be negative")
+        if self.node_id is not None and not 0 < len(self.node_id) <= MAX_NODE_ID_CHARS:
+            raise InvalidRequest(f"node id must have 1 to {MAX_NODE_ID_CHARS} characters, not {len(self.node_id)}")
+        split_address(self.coordinator, "coordinator")
+        if self.advertise is not None and ":" in self.advertise:
+            split_address(self.advertise, "advertise")
+        if not self.insecure and not is_loopback(self.host):
+            raise InvalidRequest(
+                f"host {self.host} is not loopback, and nothing authenticates callers there; "
+                "use 127.0.0.1, or --insecure on a network you trust"
+            )
+
+    @property
+    def region_bytes(self) -> int:
+        """`buffer_bytes` in whole pages."""
+        return -(-self.buffer_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def split_address(address: str, what: str) -> tuple[str, int]:
+    """Host and port of ``host:port``; `what` names the setting in the error.
+
+    Raises:
+        InvalidRequest: it is something else.
+    """
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isascii() and port.isdigit() and 0 < int(port) <= 65_535):
+        raise InvalidRequest(f"{what} is {address!r}; it must be host:port, such as 127.0.0.1:7401")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

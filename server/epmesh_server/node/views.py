@@ -1,0 +1,88 @@
+"""The newest committed view this node knows, and those who wait for the next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from epmesh.errors import NotReady
+from epmesh.grpc_errors import abort
+from epmesh.v1 import discovery_service_pb2, discovery_service_pb2_grpc, view_pb2
+from epmesh.view import View
+
+
+class ViewBoard:
+    """Holds the newest view. Waiters get the newest one, never a backlog; used on the event loop only."""
+
+    def __init__(self) -> None:
+        self.view: View | None = None
+        self.message: view_pb2.View | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the newest view; 0 before the first."""
+        return self.view.epoch if self.view else 0
+
+    def publish(self, message: view_pb2.View) -> View:
+        """Makes `message` the newest view.
+
+        Raises:
+            InvalidRequest: it contradicts itself; the old view stays.
+        """
+        self.view = View.from_proto(message)
+        self.message = message
+        self._notify()
+        return self.view
+
+    def reset(self) -> None:
+        """Forgets the view: the node belongs to another mesh now."""
+        self.view = self.message = None
+        self._notify()
+
+    async def newer_than(self, epoch: int) -> view_pb2.View:
+        """The newest view, once its epoch is larger than `epoch`."""
+        while self.message is None or self.message.epoch <= epoch:
+            await self._changed.wait()
+        return self.message
+
+    async def changed(self) -> None:
+        """Returns after the next change."""
+        await self._changed.wait()
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+class Discovery(discovery_service_pb2_grpc.DiscoveryServiceServicer):
+    """DiscoveryService over a `ViewBoard`."""
+
+    def __init__(self, board: ViewBoard, *, waiting_for: str) -> None:
+        self._board = board
+        self._waiting_for = waiting_for
+
+    async def GetView(
+        self,
+        request: discovery_service_pb2.GetViewRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> discovery_service_pb2.GetViewResponse:
+        """The newest view; `NotReady` before the first."""
+        if self._board.message is None:
+            await abort(context, NotReady(f"there is no view yet; {self._waiting_for}"))
+        return discovery_service_pb2.GetViewResponse(view=self._board.message)
+
+    async def WatchViews(
+        self,
+        request: discovery_service_pb2.WatchViewsRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[discovery_service_pb2.WatchViewsResponse]:
+        """Every newer view, the newest first; a slow reader skips some."""
+        epoch = request.after_epoch
+        while True:
+            message = await self._board.newer_than(epoch)
+            epoch = message.epoch
+            yield discovery_service_pb2.WatchViewsResponse(view=message)
