@@ -1,4 +1,4 @@
-"""A coordinator that does exactly what a test says, and a rank made of raw stubs: aids for tests of the node service."""
+"""A coordinator that does exactly what a test says, and a rank of raw stubs: aids for tests of the node service."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class FakeSession:
         self.hello = membership_service_pb2.Hello()
         self.ranks: list[membership_service_pb2.RankDeclaration] = []
         self.answer_heartbeats = True
+        self.left = asyncio.Event()
         self.broken = asyncio.Event()
 
     async def expect(self, kind: str) -> Any:
@@ -148,6 +149,8 @@ class FakeCoordinator(membership_service_pb2_grpc.MembershipServiceServicer):
                     session.command(heartbeat=request.heartbeat)
             else:
                 session.reports.put_nowait(request)
+        session.left.set()
+        session.commands.put_nowait(None)
 
 
 @contextlib.asynccontextmanager

@@ -67,6 +67,7 @@ class CoordinatorLink:
         self._node = node
         self._session: _Session | None = None
         self._lease: _Lease | None = None
+        self._leaving = False
 
     def ranks_changed(self) -> None:
         """Sends a new rank report, if there is a session; a new session starts with one anyway."""
@@ -79,7 +80,7 @@ class CoordinatorLink:
             self._session.send(wire.NodeSessionRequest(links=self._node.link_report()))
 
     async def run(self, identity: Identity) -> None:
-        """Registers and serves sessions until cancelled.
+        """Registers and serves sessions until cancelled, or until it left.
 
         Raises:
             InvalidRequest, Unauthenticated: the coordinator will never accept this node.
@@ -88,7 +89,7 @@ class CoordinatorLink:
         backoff_s = _FIRST_BACKOFF_S
         watch = asyncio.create_task(self._watch_lease())
         try:
-            while True:
+            while not self._leaving:
                 try:
                     registration = await self._register(identity)
                     complaint.over()
@@ -97,6 +98,8 @@ class CoordinatorLink:
                 except (InvalidRequest, Unauthenticated):
                     raise
                 except EpmeshError as exc:
+                    if self._leaving:
+                        return
                     complaint.about(exc)
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
@@ -105,6 +108,7 @@ class CoordinatorLink:
 
     async def leave(self, within_s: float) -> None:
         """Says good-bye, if there is a session; `run` must still be running."""
+        self._leaving = True
         if self._session:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._session.leave(), within_s)

@@ -151,6 +151,7 @@ def _parse(datagram: bytes) -> rank_service_pb2.DescriptorRequest:
 def _listen(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
+        path.unlink(missing_ok=True)  # the directory is locked: whoever left it is dead
         listener.bind(str(path))
         path.chmod(0o600)
         listener.listen(_BACKLOG)

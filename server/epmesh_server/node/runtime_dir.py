@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from epmesh.errors import InvalidRequest
 
-GRPC_SOCKET, DESCRIPTOR_SOCKET = "grpc.sock", "descriptors.sock"
+GRPC_SOCKET, DESCRIPTOR_SOCKET, _LOCK = "grpc.sock", "descriptors.sock", "lock"
 _MAX_SOCKET_PATH_BYTES = 107
 
 
@@ -23,15 +24,14 @@ def runtime_directory(wanted: Path | None) -> Iterator[Path]:
         InvalidRequest: the directory is somebody else's, open to others, or its path is too long for a socket.
     """
     path = _fresh() if wanted is None else _given(wanted)
-    try:
-        _check_length(path)
-        yield path
-    finally:
+    with contextlib.ExitStack() as exit_stack:
         if wanted is None:
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            for name in (GRPC_SOCKET, DESCRIPTOR_SOCKET):
-                (path / name).unlink(missing_ok=True)
+            exit_stack.callback(shutil.rmtree, path, ignore_errors=True)
+        _check_length(path)
+        exit_stack.enter_context(_locked(path))
+        for name in (GRPC_SOCKET, DESCRIPTOR_SOCKET, _LOCK):
+            exit_stack.callback((path / name).unlink, missing_ok=True)
+        yield path
 
 
 def _fresh() -> Path:
@@ -48,6 +48,17 @@ def _given(path: Path) -> Path:
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise InvalidRequest(f"runtime directory {path} must belong to this user alone; chmod 700 it")
     return path
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the directory's lock, which the kernel frees however the process ends."""
+    with (path / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidRequest(f"runtime directory {path} is in use by another node service") from None
+        yield
 
 
 def _check_length(path: Path) -> None:

@@ -1,0 +1,287 @@
+"""The commands and their options. What they do stands in the modules beside this one, imported when needed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable
+from epmesh_server.cli.logs import LogLevel, configure_logging
+
+_DATA_DIR = "$XDG_STATE_HOME/epmesh/coordinator-PORT"
+_SERVICE, _COORDINATOR = "This node", "The coordinator beside it (without --coordinator)"
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Expert-parallel all-to-all as a service: node services, a coordinator, and what they know.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+LevelOption = Annotated[LogLevel, typer.Option(envvar="EPMESH_LOG_LEVEL", help="Least severe lines on stderr.")]
+
+
+def main() -> None:
+    """Runs the command of `sys.argv`. An `EpmeshError` becomes one line on stderr and exit code 1."""
+    try:
+        app()
+    except EpmeshError as exc:
+        print(f"epmesh: {type(exc).__name__}: {exc}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+@app.command()
+def serve(
+    context: typer.Context,
+    host: Annotated[
+        str, typer.Option(envvar="EPMESH_HOST", help="Address to listen on.", rich_help_panel=_SERVICE)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(envvar="EPMESH_PORT", help="Port; 0 takes a free one.", rich_help_panel=_SERVICE)
+    ] = 7400,
+    node_id: Annotated[
+        str | None,
+        typer.Option(
+            envvar="EPMESH_NODE_ID",
+            help="Name of the node, unique among live ones.",
+            show_default="hostname:port",
+            rich_help_panel=_SERVICE,
+        ),
+    ] = None,
+    slot: Annotated[
+        int | None,
+        typer.Option(
+            envvar="EPMESH_SLOT", help="Take the place of a dead node with another name.", rich_help_panel=_SERVICE
+        ),
+    ] = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            envvar="EPMESH_COORDINATOR",
+            metavar="HOST:PORT",
+            help="Where a coordinator runs; without it one is started beside this node.",
+            rich_help_panel=_SERVICE,
+        ),
+    ] = None,
+    advertise: Annotated[
+        str | None,
+        typer.Option(
+            envvar="EPMESH_ADVERTISE",
+            metavar="HOST[:PORT]",
+            help="Where others reach this node.",
+            show_default="what it listens on",
+            rich_help_panel=_SERVICE,
+        ),
+    ] = None,
+    link_host: Annotated[
+        str | None,
+        typer.Option(
+            envvar="EPMESH_LINK_HOST",
+            help="Address of this host for links between ranks.",
+            show_default="--advertise",
+            rich_help_panel=_SERVICE,
+        ),
+    ] = None,
+    buffer_bytes: Annotated[
+        str,
+        typer.Option(
+            envvar="EPMESH_BUFFER_BYTES",
+            metavar="SIZE",
+            help="Most one rank may send another in one exchange: 64MiB, 1GiB, ... Only what is touched costs memory.",
+            rich_help_panel=_SERVICE,
+        ),
+    ] = "1GiB",
+    runtime_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="EPMESH_RUNTIME_DIR",
+            help="Directory for unix sockets, this user's alone.",
+            show_default="a fresh one, removed at the end",
+            rich_help_panel=_SERVICE,
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure",
+            envvar="EPMESH_INSECURE",
+            help="Allow a --host that others can reach, though nothing authenticates them.",
+            rich_help_panel=_SERVICE,
+        ),
+    ] = False,
+    coordinator_port: Annotated[
+        int, typer.Option(envvar="EPMESH_COORDINATOR_PORT", help="Its port.", rich_help_panel=_COORDINATOR)
+    ] = 7401,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="EPMESH_DATA_DIR",
+            help="Where its log is kept.",
+            show_default=_DATA_DIR,
+            rich_help_panel=_COORDINATOR,
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            envvar="EPMESH_STRIDE",
+            help="Most ranks a node may have; fixed when the log is new.",
+            show_default="8",
+            rich_help_panel=_COORDINATOR,
+        ),
+    ] = None,
+    min_nodes: Annotated[
+        int | None,
+        typer.Option(
+            envvar="EPMESH_MIN_NODES",
+            help="Fewest nodes a view may have.",
+            show_default="half of the last view's",
+            rich_help_panel=_COORDINATOR,
+        ),
+    ] = None,
+    log_level: LevelOption = LogLevel.INFO,
+) -> None:
+    """Run the node service of this host.
+
+    Ranks on this host join it with epmesh.join("HOST:PORT"). Without --coordinator a coordinator is started beside it
+    and kept alive; further nodes are then started with --coordinator. The order does not matter. Ctrl-C ends all of it.
+    """
+    from epmesh_server.cli import serving
+    from epmesh_server.node import NodeSettings
+
+    configure_logging(log_level)
+    beside = {"--coordinator-port": "coordinator_port", "--data-dir": "data_dir", "--stride": "stride"}
+    if coordinator is not None:
+        _refuse_beside(context, coordinator, {**beside, "--min-nodes": "min_nodes"})
+    serving.serve(
+        NodeSettings(
+            host=host,
+            port=port,
+            node_id=node_id,
+            coordinator=coordinator or serving.address_beside(host, coordinator_port),
+            runtime_dir=runtime_dir,
+            buffer_bytes=parse_size(buffer_bytes),
+            advertise=advertise,
+            link_host=link_host,
+            slot=slot,
+            insecure=insecure,
+        ),
+        None
+        if coordinator is not None
+        else serving.CoordinatorOptions(
+            host=host,
+            port=coordinator_port,
+            data_dir=data_dir,
+            stride=stride,
+            min_nodes=min_nodes,
+            insecure=insecure,
+            log_level=log_level,
+        ),
+    )
+
+
+@app.command()
+def coordinator(
+    host: Annotated[str, typer.Option(envvar="EPMESH_COORDINATOR_HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="EPMESH_COORDINATOR_PORT", help="Port; 0 takes a free one.")] = 7401,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(envvar="EPMESH_DATA_DIR", help="Where its log is kept.", show_default=_DATA_DIR),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            envvar="EPMESH_STRIDE", help="Most ranks a node may have; fixed when the log is new.", show_default="8"
+        ),
+    ] = None,
+    min_nodes: Annotated[
+        int | None,
+        typer.Option(
+            envvar="EPMESH_MIN_NODES", help="Fewest nodes a view may have.", show_default="half of the last view's"
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure",
+            envvar="EPMESH_INSECURE",
+            help="Allow a --host that others can reach, though nothing authenticates them.",
+        ),
+    ] = False,
+    log_level: LevelOption = LogLevel.INFO,
+    supervisor: Annotated[int | None, typer.Option("--supervisor", hidden=True)] = None,
+) -> None:
+    """Run a coordinator alone.
+
+    It decides who is in the mesh, and keeps that in a log: after a restart with the same --data-dir every node has its
+    place again. Exchanges go on while it is away.
+    """
+    from epmesh_server.cli import serving
+
+    configure_logging(log_level, prefix="coordinator | " if supervisor else "")
+    options = serving.CoordinatorOptions(
+        host=host,
+        port=port,
+        data_dir=data_dir,
+        stride=stride,
+        min_nodes=min_nodes,
+        insecure=insecure,
+        log_level=log_level,
+    )
+    serving.coordinate(options, supervisor)
+
+
+@app.command()
+def status(
+    address: Annotated[
+        str,
+        typer.Argument(
+            envvar="EPMESH_ADDRESS", metavar="[HOST:PORT]", help="A node service, or a coordinator.", show_default=True
+        ),
+    ] = "127.0.0.1:7400",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on showing every new view, until Ctrl-C.")] = False,
+) -> None:
+    """Show who is in the mesh: nodes, ranks, devices, modes, groups and experts."""
+    from epmesh_server.cli import status as status_command
+
+    status_command.show(address, as_json=as_json, watch=watch)
+
+
+@app.command()
+def demo() -> None:
+    """Run a real mixture-of-experts model over two nodes with two ranks each; ends with demo: PASS or demo: FAIL."""
+    try:
+        demo_module = importlib.import_module("epmesh_server.cli.demo")  # torch comes with it
+    except ModuleNotFoundError as exc:
+        raise MeshUnavailable(f"the demo is not part of this installation ({exc}); run it from a checkout") from exc
+    raise SystemExit(demo_module.run_demo())
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``4096``, ``64MiB``, ``1GiB`` and the like.
+
+    Raises:
+        InvalidRequest: it is something else.
+    """
+    units = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+    digits = text.strip().rstrip("BbIiKkMmGg ")
+    unit = text.strip()[len(digits) :].strip().lower()
+    if not (digits.isascii() and digits.isdigit()) or unit not in units:
+        raise InvalidRequest(f"size is {text!r}; write bytes as 4096, 64MiB or 1GiB")
+    return int(digits) * units[unit]
+
+
+def _refuse_beside(context: typer.Context, coordinator: str, options: dict[str, str]) -> None:
+    """Options of the coordinator beside the node mean nothing where there is none."""
+    given = [
+        option
+        for option, name in options.items()
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise InvalidRequest(f"{', '.join(given)}: the coordinator at {coordinator} has its own; leave this out")

@@ -1,0 +1,28 @@
+"""Logging of the commands: lines on stderr. Configured here and nowhere else."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import sys
+
+
+class LogLevel(enum.StrEnum):
+    """Least severe lines that are shown."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def configure_logging(level: LogLevel, prefix: str = "") -> None:
+    """Sends log lines to stderr: time, level, logger, text. `prefix` marks the lines of a supervised child."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s.%(msecs)03d {prefix}%(levelname)s %(name)s: %(message)s"))
+    handler.formatter.default_time_format = "%H:%M:%S"  # type: ignore[union-attr]
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for chatty in ("asyncio", "grpc"):
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))

@@ -1,0 +1,89 @@
+"""`epmesh status`: asks a node service or coordinator for the view, and shows it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+from collections.abc import Iterator
+
+import grpc
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+
+from epmesh.errors import DeadlineExceeded, EpmeshError, MeshUnavailable, from_rpc_error
+from epmesh.v1 import discovery_service_pb2, discovery_service_pb2_grpc
+from epmesh.view import View
+from epmesh_server.cli.tables import view_as_dict, view_as_tables
+from epmesh_server.node.rpc import CHANNEL_OPTIONS
+from epmesh_server.node.settings import split_address
+
+_TIMEOUT_S = 1.5
+_RETRY_S = 0.5
+
+
+def show(address: str, *, as_json: bool, watch: bool) -> None:
+    """Prints the view that the service at `address` knows; with `watch` every later one too.
+
+    Raises:
+        InvalidRequest: `address` is no host:port.
+        MeshUnavailable: nobody answers there.
+        NotReady: there is no view yet.
+    """
+    split_address(address, "address")
+    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        stub = discovery_service_pb2_grpc.DiscoveryServiceStub(channel)
+        view = _get_view(stub, address)
+        with contextlib.suppress(KeyboardInterrupt):
+            if as_json:
+                _print_json(_views(stub, view, address) if watch else iter([view]))
+            elif watch:
+                _live(_views(stub, view, address))
+            else:
+                Console().print(view_as_tables(view))
+
+
+def _get_view(stub: discovery_service_pb2_grpc.DiscoveryServiceStub, address: str) -> View:
+    try:
+        answer = stub.GetView(discovery_service_pb2.GetViewRequest(), timeout=_TIMEOUT_S)
+    except grpc.RpcError as exc:
+        raise _typed(exc, address) from exc
+    return View.from_proto(answer.view)
+
+
+def _views(stub: discovery_service_pb2_grpc.DiscoveryServiceStub, first: View, address: str) -> Iterator[View]:
+    """`first`, then every later view, for ever; reconnects."""
+    yield first
+    epoch = first.epoch
+    while True:
+        try:
+            for answer in stub.WatchViews(discovery_service_pb2.WatchViewsRequest(after_epoch=epoch)):
+                view = View.from_proto(answer.view)
+                epoch = view.epoch
+                yield view
+        except grpc.RpcError as exc:
+            print(f"epmesh: {_typed(exc, address)}; trying again", file=sys.stderr)
+        threading.Event().wait(_RETRY_S)
+
+
+def _typed(error: grpc.RpcError, address: str) -> EpmeshError:
+    typed = from_rpc_error(error, f"no answer from {address}")
+    if isinstance(typed, DeadlineExceeded):
+        return MeshUnavailable(str(typed))
+    return typed
+
+
+def _print_json(views: Iterator[View]) -> None:
+    for view in views:
+        print(json.dumps(view_as_dict(view)), flush=True)
+
+
+def _live(views: Iterator[View]) -> None:
+    with Live(console=Console(), auto_refresh=False) as live:
+        for view in views:
+            live.update(_framed(view), refresh=True)
+
+
+def _framed(view: View) -> RenderableType:
+    return Group(view_as_tables(view), "watching; Ctrl-C ends it")

@@ -1,0 +1,154 @@
+"""A view as a person reads it, and as a program does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from epmesh.placement import Placement
+from epmesh.view import NodeInfo, View
+
+_MAX_LAYERS_SHOWN = 4
+_NOTHING = "-"
+
+
+def view_as_dict(view: View) -> dict[str, Any]:
+    """The view for `--json`; layers of placements are `null` for "every layer without its own"."""
+    return {
+        "mesh_id": view.mesh_id,
+        "epoch": view.epoch,
+        "membership_epoch": view.membership_epoch,
+        "stride": view.stride,
+        "tensor_parallel_size": view.tensor_parallel_size,
+        "nodes": [_node_as_dict(view, node) for node in view.nodes],
+        "groups": [
+            {
+                "name": group.name,
+                "id": group.group_id,
+                "ranks": list(group.ranks),
+                "declared_ranks": list(group.declared_ranks),
+                "sequence": group.sequence,
+                "completed": group.completed,
+            }
+            for group in view.groups
+        ],
+        "placements": [
+            {
+                "layer": layer,
+                "num_experts": placement.num_experts,
+                "experts_without_holder": orphans(view, placement),
+            }
+            for layer, placement in _by_layer(view)
+        ],
+    }
+
+
+def view_as_tables(view: View) -> RenderableType:
+    """The view for a terminal."""
+    head = Text.assemble(
+        ("epoch ", "dim"), str(view.epoch), ("   nodes ", "dim"), str(len(view.nodes)), ("   ranks ", "dim"),
+        str(len(view.ranks)), ("   stride ", "dim"), str(view.stride), ("   mesh ", "dim"), view.mesh_id,
+    )  # fmt: skip
+    parts: list[RenderableType] = [head, _rank_table(view), _group_table(view)]
+    parts += [Text(line, style="bold red") for line in _warnings(view)]
+    return Group(*parts)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """``0-3, 8`` for 0, 1, 2, 3 and 8; ascending input."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans) or _NOTHING
+
+
+def orphans(view: View, placement: Placement) -> list[int]:
+    """Experts that no living rank holds."""
+    living = view.ranks
+    return [expert for expert, ranks in enumerate(placement.holders) if not any(rank in living for rank in ranks)]
+
+
+def _rank_table(view: View) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("slot", justify="right")
+    for name in ("node", "address"):
+        table.add_column(name, overflow="fold")
+    table.add_column("rank", justify="right")
+    for name in ("device", "mode", "experts"):
+        table.add_column(name, overflow="fold")
+    for node in view.nodes:
+        first = [str(node.slot), node.node_id, node.address]
+        for info in node.ranks:
+            table.add_row(*first, str(info.rank), info.device, info.mode.name.lower(), _experts(view, info.rank))
+            first = ["", "", ""]
+        if not node.ranks:
+            table.add_row(*first, _NOTHING, _NOTHING, _NOTHING, _NOTHING)
+    return table
+
+
+def _group_table(view: View) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("group")
+    table.add_column("id", justify="right")
+    table.add_column("ranks", overflow="fold")
+    table.add_column("missing", overflow="fold")
+    table.add_column("exchanges", justify="right")
+    for group in view.groups:
+        missing = ranges(sorted(set(group.declared_ranks) - set(group.ranks)))
+        ranks = ranges(group.ranks)
+        table.add_row(group.name, str(group.group_id), ranks, missing, str(group.sequence))
+    return table
+
+
+def _experts(view: View, rank: int) -> str:
+    shown = [
+        ranges(placement.experts_of.get(rank, ())) + (f" of layer {layer}" if layer is not None else "")
+        for layer, placement in _by_layer(view)
+    ]
+    more = len(shown) - _MAX_LAYERS_SHOWN
+    return "; ".join([*shown[:_MAX_LAYERS_SHOWN], *([f"{more} more layers"] if more > 0 else [])]) or _NOTHING
+
+
+def _warnings(view: View) -> list[str]:
+    lines = []
+    for layer, placement in _by_layer(view):
+        missing = orphans(view, placement)
+        if missing:
+            where = "" if layer is None else f" of layer {layer}"
+            lines.append(f"no living rank holds experts {ranges(missing)}{where}")
+    return lines
+
+
+def _node_as_dict(view: View, node: NodeInfo) -> dict[str, Any]:
+    return {
+        "slot": node.slot,
+        "node_id": node.node_id,
+        "address": node.address,
+        "ranks": [
+            {
+                "rank": info.rank,
+                "device": info.device,
+                "mode": info.mode.name.lower(),
+                "link_endpoint": info.link_endpoint,
+                "experts": [
+                    {"layer": layer, "experts": list(placement.experts_of[info.rank])}
+                    for layer, placement in _by_layer(view)
+                    if info.rank in placement.experts_of
+                ],
+            }
+            for info in node.ranks
+        ],
+    }
+
+
+def _by_layer(view: View) -> list[tuple[int | None, Placement]]:
+    """Placements, the one for all layers first."""
+    return sorted(view.placements.items(), key=lambda item: -1 if item[0] is None else item[0])
