@@ -1,0 +1,1 @@
+"""Ranks: the data plane. ``join`` makes one of the calling process."""

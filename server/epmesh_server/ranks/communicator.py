@@ -1,0 +1,445 @@
+"""The communicator of a joined rank: checks arguments, makes every refusal collective, and calls what does the work."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from epmesh.communicator import Communicator, Handle
+from epmesh.errors import InvalidRequest, MeshUnavailable, NotReady
+from epmesh.layout import Layout, Routing, broadcast_layout, make_routing, routed_layout
+from epmesh.placement import Placement, linear_placement
+from epmesh.view import View
+from epmesh_server.ranks import arguments as args
+from epmesh_server.ranks.calls import describe
+from epmesh_server.ranks.collectives import Collectives
+from epmesh_server.ranks.exchange import Exchange, ExchangeStats
+from epmesh_server.ranks.member import GroupMember
+from epmesh_server.ranks.point_to_point import PointToPoint
+
+if TYPE_CHECKING:
+    from epmesh_server.ranks.rank import RankProcess
+
+_T = TypeVar("_T")
+_READY_POLL_S = 0.05
+_MOE_CLASSES = ("FusedMoE", "SharedFusedMoE")
+
+
+class JoinedCommunicator(Communicator):
+    """One group of a rank that lives in this process. One thread at a time may be inside a group."""
+
+    def __init__(self, rank: RankProcess, name: str, view: View) -> None:
+        """Takes the rank's place in the group `name` of `view`."""
+        self._rank_process = rank
+        self._busy = threading.Lock()
+        self._stats = ExchangeStats()
+        self._destroyed = False
+        self.unique_name = name
+        self.device = rank.device
+        self.global_rank = rank.session.rank
+        self.is_ep_communicator = name.split(":", maxsplit=1)[0] == "ep"
+        self.all2all_backend = "epmesh"
+        self._take_place(view)
+
+    def _take_place(self, view: View) -> None:
+        """Adopts a view whose set of ranks is another one: new numbers, new buffers, new device group."""
+        self._member = GroupMember(
+            self._rank_process.session,
+            self._rank_process.hub,
+            view,
+            view.group(self.unique_name),
+            self._rank_process.exchange_timeout_s,
+        )
+        self._exchange = Exchange(self._member, self._stats)
+        self._collectives = Collectives(self._exchange)
+        self._point_to_point = PointToPoint(self._member)
+        self._routings: dict[tuple[int, int | None, bool], Routing | None] = {}
+        topology = self._member.topology
+        self.rank = self.rank_in_group = topology.me
+        self.world_size = topology.world_size
+        self.ranks = list(topology.ranks)
+        self.global_world_size = len(view.ranks)
+        self.use_all2all = self.is_ep_communicator and self.world_size > 1
+        self.all2all_manager = self._exchange
+
+    @property
+    def cpu_group(self) -> Any:
+        """Gloo group of this node's members; formed when first asked for, by all of them."""
+        return self._collectives.process_group()
+
+    @property
+    def device_group(self) -> Any:
+        """The device's group of this node's members; on CPU the same as `cpu_group`."""
+        return self._collectives.process_group()
+
+    @property
+    def stats(self) -> ExchangeStats:
+        """What this rank's exchanges cost so far."""
+        return self._stats
+
+    # Collectives -----------------------------------------------------------------------------------------------
+
+    def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
+        with self._turn():
+            self._checked("all_reduce", lambda: args.check_summable(input_))
+            result = self._collectives.all_reduce(input_.contiguous())
+            return input_ if result is input_ else input_.copy_(result)
+
+    def all_gather(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        with self._turn():
+            axis = self._checked("all_gather", lambda: args.check_dim(input_, dim))
+            what = f"dim={axis} {args.shape_text(input_)}"
+            return _joined(self._collectives.all_gather_blocks("all_gather", [input_], what), axis)[0]
+
+    def all_gatherv(
+        self, input_: torch.Tensor | list[torch.Tensor], dim: int = 0, sizes: list[int] | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        with self._turn():
+            tensors = input_ if isinstance(input_, list) else [input_]
+            what = self._checked(
+                "all_gatherv", lambda: args.check_gatherv(tensors, dim, sizes, self.rank, self.world_size)
+            )
+            joined = _joined(self._collectives.all_gather_blocks("all_gatherv", tensors, what), dim)
+            return joined if isinstance(input_, list) else joined[0]
+
+    def reduce_scatter(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        if self.world_size == 1:
+            return input_
+        with self._turn():
+            return self._reduce_scatter("reduce_scatter", input_, dim, None)
+
+    def reduce_scatterv(self, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None) -> torch.Tensor:
+        with self._turn():
+            return self._reduce_scatter("reduce_scatterv", input_, dim, sizes)
+
+    def reduce_scatterv_into_output(
+        self, input_: torch.Tensor, output: torch.Tensor, dim: int = -1, sizes: list[int] | None = None
+    ) -> torch.Tensor:
+        with self._turn():
+            method = "reduce_scatterv_into_output"
+            self._checked(
+                method, lambda: args.check_scatter_output(input_, output, dim, sizes, self.rank, self.world_size)
+            )
+            return output.copy_(self._reduce_scatter(method, input_, dim, sizes))
+
+    def _reduce_scatter(self, method: str, input_: torch.Tensor, dim: int, sizes: list[int] | None) -> torch.Tensor:
+        axis, lengths = self._checked(method, lambda: args.check_scatter(input_, dim, sizes, self.world_size))
+        rows = input_.movedim(axis, 0).contiguous()
+        what = f"dim={axis} sizes={lengths} {args.shape_text(input_)}"
+        return self._collectives.reduce_scatter(method, rows, lengths, what).movedim(0, axis).contiguous()
+
+    def gather(self, input_: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
+        with self._turn():
+            axis = self._checked("gather", lambda: args.check_gather(input_, dst, dim, self.world_size))
+            what = f"dst={dst} dim={axis} {args.shape_text(input_)}"
+            blocks = self._collectives.gather(input_, dst, what)
+            return None if blocks is None else torch.cat(blocks, dim=axis)
+
+    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+        with self._turn():
+            self._checked("broadcast", lambda: args.check_broadcast(tensor, src, self.world_size))
+            result = self._collectives.broadcast(tensor.contiguous(), src)
+            return tensor if result is tensor else tensor.copy_(result)
+
+    def send(self, tensor: torch.Tensor, dst: int | None = None) -> None:
+        with self._turn():
+            peer = args.check_peer("dst", (self.rank + 1) % self.world_size if dst is None else dst, self.world_size)
+            args.check_tensor(tensor)
+            self._point_to_point.send(tensor, peer)
+
+    def recv(self, size: torch.Size | Sequence[int] | int, dtype: torch.dtype, src: int | None = None) -> torch.Tensor:
+        with self._turn():
+            peer = args.check_peer("src", (self.rank - 1) % self.world_size if src is None else src, self.world_size)
+            return self._point_to_point.recv((size,) if isinstance(size, int) else tuple(size), dtype, peer)
+
+    def batch_isend_irecv(self, p2p_ops: list[Any]) -> list[Any]:
+        planned = [args.check_p2p_op(op, self.ranks) for op in p2p_ops]
+        works: list[Any] = []
+        for is_send, tensor, peer in planned:
+            if is_send:
+                self.send(tensor, peer)
+            works.append(_Work(None if is_send else functools.partial(self._recv_into, tensor, peer)))
+        return works
+
+    def _recv_into(self, tensor: torch.Tensor, peer: int) -> None:
+        tensor.copy_(self.recv(tensor.shape, tensor.dtype, peer))
+
+    # The exchange ----------------------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        hidden_states: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        is_sequence_parallel: bool = False,
+        extra_tensors: list[torch.Tensor] | None = None,
+        *,
+        layer: int | None = None,
+        static: bool = False,
+    ) -> tuple[Any, ...]:
+        tensors = [hidden_states, topk_weights, topk_ids, *(extra_tensors or ())]
+
+        def layout() -> Layout:
+            args.check_dispatch(tensors, self._rank_process.max_tokens_per_rank, static)
+            routing = self._routing(layer, is_sequence_parallel)
+            eligible = self._eligible(is_sequence_parallel)
+            if routing is None:
+                return broadcast_layout(len(hidden_states), self._member.topology, eligible)
+            return routed_layout(topk_ids.contiguous().numpy(), routing, self._member.topology)
+
+        with self._turn():
+            what = (
+                f"{args.rows_text(tensors)} layer={layer} is_sequence_parallel={is_sequence_parallel} static={static}"
+            )
+            _, received = self._exchange.dispatch("dispatch", tensors, layout, what, is_sequence_parallel)
+        return (*received[:3], received[3:]) if extra_tensors is not None else tuple(received)
+
+    def dispatch_router_logits(
+        self,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        is_sequence_parallel: bool = False,
+        extra_tensors: list[torch.Tensor] | None = None,
+        *,
+        layer: int | None = None,
+        static: bool = False,
+    ) -> tuple[Any, ...]:
+        tensors = [hidden_states, router_logits, *(extra_tensors or ())]
+
+        def layout() -> Layout:
+            args.check_rows(tensors, ("hidden_states", "router_logits"))
+            args.check_static(static, self._rank_process.max_tokens_per_rank)
+            return broadcast_layout(len(hidden_states), self._member.topology, self._eligible(is_sequence_parallel))
+
+        with self._turn():
+            what = (
+                f"{args.rows_text(tensors)} layer={layer} is_sequence_parallel={is_sequence_parallel} static={static}"
+            )
+            method = "dispatch_router_logits"
+            _, received = self._exchange.dispatch(method, tensors, layout, what, is_sequence_parallel)
+        return (*received[:2], received[2:]) if extra_tensors is not None else tuple(received)
+
+    def combine(
+        self, hidden_states: torch.Tensor, is_sequence_parallel: bool = False, *, handle: Handle | None = None
+    ) -> torch.Tensor:
+        with self._turn():
+            return self._exchange.combine(hidden_states, handle, is_sequence_parallel)
+
+    def combine_into_output(
+        self,
+        hidden_states: torch.Tensor,
+        output: torch.Tensor,
+        is_sequence_parallel: bool = False,
+        *,
+        handle: Handle | None = None,
+    ) -> torch.Tensor:
+        with self._turn():
+            return self._exchange.combine(hidden_states, handle, is_sequence_parallel, output)
+
+    def allocate_combine_input(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, is_sequence_parallel: bool = False
+    ) -> torch.Tensor | None:
+        return None
+
+    def get_symmetric_memory_buffer(
+        self, role: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor | None:
+        return None
+
+    def prepare_communication_buffer_for_model(self, model: Any) -> None:
+        if not self.is_ep_communicator:
+            return
+        for module in model.modules():
+            if type(module).__name__ in _MOE_CLASSES:
+                module.maybe_init_modular_kernel()
+
+    def _routing(self, layer: int | None, is_sequence_parallel: bool) -> Routing | None:
+        """How this rank routes for `layer`; `None` where no placement was declared."""
+        view = self._member.view
+        key = (view.epoch, layer, is_sequence_parallel)
+        if key not in self._routings:
+            placement = view.placement(layer)
+            eligible = self._eligible(is_sequence_parallel)
+            self._routings = {old: routing for old, routing in self._routings.items() if old[0] == view.epoch}
+            self._routings[key] = make_routing(placement, self._member.topology, eligible) if placement else None
+        return self._routings[key]
+
+    def _eligible(self, is_sequence_parallel: bool) -> list[int]:
+        """Positions rows may go to: all, or those that share this rank's tensor-parallel index."""
+        view, size = self._member.view, self._member.view.tensor_parallel_size
+        if is_sequence_parallel or size <= 1:
+            return list(range(self.world_size))
+        mine = self.global_rank % view.stride % size
+        return [position for position, rank in enumerate(self.ranks) if rank % view.stride % size == mine]
+
+    # Membership ------------------------------------------------------------------------------------------------
+
+    @property
+    def view(self) -> View:
+        return self._member.view
+
+    def wait_ready(self, timeout_s: float | None = None) -> tuple[View, int]:
+        with self._turn():
+            view = self._await_view(self._rank_process.timeout_s if timeout_s is None else timeout_s)
+            group = view.group(self.unique_name)
+            if self.global_rank not in group.ranks:
+                raise InvalidRequest(f"rank {self.global_rank} is not in group {self.unique_name!r} any more")
+            if view.membership_epoch == self._member.membership_epoch:
+                self._member.complete_all()
+                self._member.view = view
+                return view, self._member.row.completed
+            self._let_go()
+            peers = ((info.rank, info.link_endpoint) for info in view.ranks.values())
+            self._rank_process.hub.forget_epochs_before(view.membership_epoch, peers)
+            self._take_place(view)
+            return view, group.completed
+
+    def _await_view(self, timeout_s: float) -> View:
+        """The newest view, once nothing known speaks against it."""
+        session, deadline = self._rank_process.session, time.monotonic() + timeout_s
+        while True:
+            self._member.poll_links()
+            if session.error is not None:
+                raise session.error
+            view = session.view
+            if view is not None and view.epoch > self.view.epoch and not self._rank_process.is_in(view):
+                raise MeshUnavailable(f"rank {self.global_rank} was removed by epoch {view.epoch}; join again")
+            if view is not None and self._member.usable(view):
+                return view
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise MeshUnavailable(f"no usable view within {timeout_s:g} s; the last one is epoch {self.view.epoch}")
+            session.wait_change(min(left, _READY_POLL_S))
+
+    def check(self) -> None:
+        with self._turn():
+            self._member.poll_links()
+            self._member.check(0)
+
+    def group(self, name: str) -> Communicator:
+        if name == self.unique_name:
+            return self
+        return self._rank_process.communicator(name)
+
+    def create_group(self, name: str, ranks: Iterable[int]) -> Communicator | None:
+        wanted = list(ranks)
+        with self._turn():
+            self._checked("create_group", lambda: args.check_new_group(name, wanted, self.ranks))
+            request_id = self._agree("create_group", f"name={name} ranks={wanted}")
+            self._rank_process.create_group(request_id, name, wanted)
+        return self._rank_process.communicator(name) if self.global_rank in wanted else None
+
+    def destroy_group(self, name: str) -> None:
+        with self._turn():
+            self._checked("destroy_group", lambda: args.check_group_name(name))
+            request_id = self._agree("destroy_group", f"name={name}")
+            self._rank_process.destroy_group(request_id, name)
+
+    def set_expert_placement(
+        self, num_experts: int, experts: Iterable[int] | None = None, layer: int | None = None
+    ) -> None:
+        own = None if experts is None else tuple(sorted(set(experts)))
+        with self._turn():
+            self._checked("set_expert_placement", lambda: Placement(num_experts, {self.global_rank: own or ()}))
+            what = f"num_experts={num_experts} layer={layer} linear={own is None}"
+            _, calls = self._collectives.agree(describe("set_expert_placement", what, own or ()))
+            if own is None:
+                placement = linear_placement(num_experts, self.ranks)
+            else:
+                placement = Placement(num_experts, {rank: tuple(call.numbers) for rank, call in calls.items()})
+            removed = self._load_added(placement, layer)
+            request_id = self._agree("set_expert_placement", "loaded")
+            self._rank_process.set_placement(request_id, placement, layer)
+            if removed and self._rank_process.load is not None:
+                self._rank_process.load((), removed)
+
+    def _load_added(self, placement: Placement, layer: int | None) -> tuple[int, ...]:
+        """Loads what this rank will hold besides; returns what it will hold no longer."""
+        old = self.view.placement(layer)
+        before = set(old.experts_of.get(self.global_rank, ())) if old else set()
+        after = set(placement.experts_of.get(self.global_rank, ()))
+        if self._rank_process.load is not None and after - before:
+            self._rank_process.load(tuple(sorted(after - before)), ())
+        return tuple(sorted(before - after))
+
+    def destroy(self) -> None:
+        if self._destroyed:
+            return
+        self._destroyed = True
+        self._let_go()
+        self._rank_process.left(self.unique_name)
+
+    def _let_go(self) -> None:
+        self._collectives.close()
+        self._member.close()
+
+    # Shared ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Keeps second threads out, and calls after the end."""
+        if self._destroyed:
+            raise InvalidRequest(f"the communicator of group {self.unique_name!r} was destroyed")
+        if not self._busy.acquire(blocking=False):
+            raise InvalidRequest(f"another thread is inside group {self.unique_name!r}; one at a time may be")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _checked(self, method: str, check: Callable[[], _T]) -> _T:
+        """Runs a check of this rank's arguments; a refusal is published, so that all ranks raise it."""
+        try:
+            return check()
+        except InvalidRequest as exc:
+            self._collectives.agree(describe(method, refusal=exc))
+            raise
+
+    def _agree(self, method: str, what: str) -> str:
+        """Makes sure that all ranks call the same; returns an id of the call that is the same on all."""
+        sequence, _ = self._collectives.agree(describe(method, what))
+        return f"{self.view.mesh_id}/{self._member.group_id}/{self._member.membership_epoch}/{sequence}"
+
+
+class _Work:
+    """What `batch_isend_irecv` returns: sends are done, receives happen in `wait`."""
+
+    def __init__(self, run: Callable[[], Any] | None) -> None:
+        self._run = run
+
+    def wait(self) -> None:
+        """Returns when the operation is done."""
+        if self._run is not None:
+            run, self._run = self._run, None
+            run()
+
+    def is_completed(self) -> bool:
+        """Whether `wait` has nothing left to do."""
+        return self._run is None
+
+
+def _joined(blocks: Sequence[Sequence[torch.Tensor]], dim: int) -> list[torch.Tensor]:
+    """Concatenates every tensor over the ranks."""
+    return [torch.cat(list(pieces), dim=dim) for pieces in zip(*blocks, strict=True)]
+
+
+def new_communicator(rank: RankProcess, name: str, view: View) -> JoinedCommunicator:
+    """The communicator of the group `name`.
+
+    Raises:
+        InvalidRequest: there is no such group, or this rank is not in it.
+        NotReady: a tensor-parallel group lacks members.
+    """
+    group = view.group(name)
+    if rank.session.rank not in group.ranks:
+        raise InvalidRequest(f"rank {rank.session.rank} is not in group {name!r}, which has {list(group.ranks)}")
+    if name.startswith("tp:") and not group.complete:
+        missing = sorted(set(group.declared_ranks) - set(group.ranks))
+        raise NotReady(f"group {name!r} lacks ranks {missing}; wait until they have joined")
+    return JoinedCommunicator(rank, name, view)

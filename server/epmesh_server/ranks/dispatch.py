@@ -1,0 +1,302 @@
+"""The way there: one rank's part in one dispatch, from its rows to the rows it receives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from epmesh.errors import InvalidRequest
+from epmesh.frames import Message
+from epmesh.layout import Ints, Layout, relay_ids, relay_rows
+from epmesh.v1 import frame_pb2
+from epmesh_server.ranks.buffers import MAX_CALL_BYTES, Bytes, Region, payload_bytes
+from epmesh_server.ranks.calls import Call, describe, verdict
+from epmesh_server.ranks.member import GroupMember
+from epmesh_server.ranks.tensors import as_rows, meta_of, row_bytes
+
+_DISPATCH = frame_pb2.FRAME_KIND_DISPATCH
+_WITH_CODES = 1  # a frame's step when its last tensor holds target codes
+IDS_AT = 2  # where `dispatch` has its ids among the row tensors
+
+
+@dataclass
+class _PassedOn:
+    """A remote source's message, and which of its rows went to which local position."""
+
+    message: Message
+    parts: list[Bytes]
+    codes: Bytes | None
+    num_rows: int
+    rows_of: dict[int, Ints]
+
+
+class DispatchStage:
+    """One dispatch on one rank: `post`, `wait`, `assemble`.
+
+    Attributes:
+        counts: after `assemble`, rows received by source position.
+        passed_on: by source position, what came on this rank's rail.
+        bytes_sent, floor_bytes: between nodes, handed to the sockets; least possible.
+    """
+
+    def __init__(
+        self, member: GroupMember, sequence: int, tensors: Sequence[torch.Tensor], layout: Layout | None
+    ) -> None:
+        """Prepares; `layout` is `None` for a round without rows, or where this rank's input is refused."""
+        self._member, self._topology, self._sequence = member, member.topology, sequence
+        self._layout = layout
+        self._tensors = tensors if layout is not None else ()
+        self._sources = [as_rows(tensor) for tensor in self._tensors]
+        self._widths = [row_bytes(tensor) for tensor in self._tensors]
+        self._arrived: dict[int, Region] = {}
+        self.passed_on: dict[int, _PassedOn] = {}
+        self.counts: list[int] = []
+        self.bytes_sent = self.floor_bytes = 0
+
+    @staticmethod
+    def check_room(layout: Layout, tensors: Sequence[torch.Tensor], member: GroupMember) -> None:
+        """Refuses more rows than a region holds.
+
+        Raises:
+            InvalidRequest: with the sizes and the mend.
+        """
+        widths = [row_bytes(tensor) for tensor in tensors]
+        most = max(map(len, [*layout.rows_to, *layout.rows_to_node.values()]), default=0)
+        need, room = payload_bytes(most, widths), member.buffers.layout.region_bytes
+        if need > room:
+            raise InvalidRequest(
+                f"{most} rows for one rank take {need} bytes, the buffer has {room}; send fewer rows at once, or start "
+                f"the node service with a larger --buffer-bytes"
+            )
+
+    def post(self, call: Call) -> None:
+        """Sends this rank's part to everybody: other nodes first, their way is longer."""
+        call.abandoned = self._member.abandoned
+        self._call = call
+        encoded = call.SerializeToString()
+        if len(encoded) > MAX_CALL_BYTES:
+            encoded = describe(
+                call.method, refusal=InvalidRequest(f"arguments take {len(encoded)} bytes; {MAX_CALL_BYTES} fit")
+            ).SerializeToString()
+            self._call = Call.FromString(encoded)
+        for slot in self._topology.remote_slots:
+            self._post_node(slot, encoded)
+        for position in self._topology.local:
+            if position != self._topology.me:
+                self._post_neighbour(position, encoded)
+
+    def wait(self) -> dict[int, Call]:
+        """Waits for everybody's part, passing on what comes on this rank's rail.
+
+        Returns:
+            Every member's call, by global rank.
+
+        Raises:
+            EpmeshError: the calls do not agree, or a member refused: the same on all members.
+        """
+        member = self._member
+        pending = [position for position in range(self._topology.world_size) if position != self._topology.me]
+
+        def ready() -> bool:
+            pending[:] = [source for source in pending if not self._arrive(source)]
+            return not pending
+
+        def late() -> list[int]:
+            waiting = set(pending)
+            told = [p for p in pending if p in self._topology.local or self._rail_here(p) not in waiting]
+            return told or pending
+
+        member.wait_until(ready, self._sequence, time.monotonic() + member.timeout_s, late)
+        calls = {member.global_rank(p): self._call_of(p) for p in range(self._topology.world_size)}
+        member.abandoned = max(call.abandoned for call in calls.values())
+        error = verdict(calls)
+        if error is not None:
+            raise error
+        return calls
+
+    def assemble(self) -> list[torch.Tensor]:
+        """Copies all received rows, by source rank, then source row, into new tensors."""
+        pieces = [self._rows_from(position) for position in range(self._topology.world_size)]
+        self.counts = [len(piece[0]) for piece in pieces]
+        return [
+            _concatenate(tensor, sum(self.counts), [piece[index] for piece in pieces])
+            for index, tensor in enumerate(self._tensors)
+        ]
+
+    # Sending ---------------------------------------------------------------------------------------------------
+
+    def _post_node(self, slot: int, call: bytes) -> None:
+        header = self._member.header(_DISPATCH, self._sequence)
+        header.call = call
+        frames: list[memoryview] = []
+        if self._layout is not None:
+            rows = self._layout.rows_to_node[slot]
+            for tensor, source in zip(self._tensors, self._sources, strict=True):
+                meta = meta_of(tensor)
+                meta.shape[0] = len(rows)
+                header.tensors.append(meta)
+                frames.append(_flat(_take(source, rows)))
+            self.floor_bytes += sum(map(len, frames))
+            codes = self._layout.codes_to_node[slot]
+            if codes is not None:
+                header.step = _WITH_CODES
+                header.tensors.add(dtype="uint8", shape=codes.shape)
+                frames.append(_flat(codes))
+        self.bytes_sent += self._member.send(self._topology.rail(self._topology.me, slot), header, frames)
+
+    def _post_neighbour(self, position: int, call: bytes) -> None:
+        region = self._member.buffers.recv(position, self._sequence % 2, self._topology.me)
+        rows = np.empty(0, np.int64)
+        if self._layout is not None:
+            rows = self._layout.rows_to[position]
+            arrays = region.arrays(len(rows), self._widths)
+            for array, source in zip(arrays, self._sources, strict=True):
+                _take(source, rows, into=array)
+            self._mask(self._layout, position, arrays)
+        self._publish(region, len(rows), call, position)
+
+    def _mask(self, layout: Layout, position: int, arrays: Sequence[Bytes]) -> None:
+        """Makes ids -1 (all bits set) where another replica was chosen."""
+        if layout.targets is None or layout.replicated is None:
+            return
+        rows = layout.rows_to[position]
+        other = layout.replicated[rows] & (layout.targets[rows] != position)
+        _as_items(arrays[IDS_AT], other.shape)[other] = 0xFF
+
+    def _publish(self, region: Region, num_rows: int, call: bytes, position: int) -> None:
+        region.describe(num_rows, call)
+        self._member.session.page.barrier()
+        region.publish(self._member.flag(self._sequence))
+        self._member.buffers.wake(position)
+
+    # Receiving -------------------------------------------------------------------------------------------------
+
+    def _rail_here(self, source: int) -> int:
+        return self._topology.rail(source, self._topology.slot)
+
+    def _arrive(self, source: int) -> bool:
+        """Whether a member's part is here; takes it in, and passes it on where that is this rank's work."""
+        member = self._member
+        if source in self._topology.relayed:
+            message = member.take(_DISPATCH, self._sequence, source)
+            if message is not None:
+                self.passed_on[source] = self._pass_on(source, message)
+            return message is not None
+        region = member.buffers.recv(self._topology.me, self._sequence % 2, source)
+        if region.flag != member.flag(self._sequence):
+            return False
+        self._arrived[source] = region
+        return True
+
+    def _pass_on(self, source: int, message: Message) -> _PassedOn:
+        """Puts a remote source's rows into the neighbours' regions, once per (row, rank)."""
+        passed = _unpack(message)
+        call = message.header.call
+        has_ids = passed.codes is not None and Call.FromString(call).method == "dispatch"
+        widths = [part.shape[1] for part in passed.parts]
+        room = self._member.buffers.layout.region_bytes
+        fits = payload_bytes(passed.num_rows, widths) <= room and len(call) <= MAX_CALL_BYTES
+        for index, position in enumerate(self._topology.local):
+            rows = passed.rows_of[position] = relay_rows(passed.codes, passed.num_rows, index)
+            if position == self._topology.me or not fits:
+                continue
+            region = self._member.buffers.recv(position, self._sequence % 2, source)
+            arrays = region.arrays(len(rows), widths)
+            for array, part in zip(arrays, passed.parts, strict=True):
+                _take(part, rows, into=array)
+            if has_ids:
+                arrays[IDS_AT][:] = _relayed_ids(passed, rows, index)
+            self._publish(region, len(rows), call, position)
+        if not fits:
+            raise InvalidRequest(f"rank {message.header.source} sent more rows than a buffer of {room} bytes holds")
+        return passed
+
+    def _call_of(self, position: int) -> Call:
+        if position == self._topology.me:
+            return self._call
+        if position in self.passed_on:
+            return Call.FromString(self.passed_on[position].message.header.call)
+        return Call.FromString(self._arrived[position].call)
+
+    def _rows_from(self, position: int) -> list[Bytes]:
+        """The rows of one source, an array ``[n, width]`` for every tensor."""
+        if position == self._topology.me:
+            return self._own_rows()
+        if position in self._arrived:
+            region = self._arrived[position]
+            return region.arrays(region.num_rows, self._widths)
+        passed = self.passed_on[position]
+        rows = passed.rows_of[self._topology.me]
+        arrays = [_take(part, rows) for part in passed.parts]
+        if passed.codes is not None and self._call.method == "dispatch":
+            arrays[IDS_AT] = _relayed_ids(passed, rows, self._topology.local.index(self._topology.me))
+        return arrays
+
+    def _own_rows(self) -> list[Bytes]:
+        assert self._layout is not None
+        arrays = [_take(source, self._layout.rows_to[self._topology.me]) for source in self._sources]
+        if self._layout.replicated is not None:
+            arrays[IDS_AT] = arrays[IDS_AT].copy()
+            self._mask(self._layout, self._topology.me, arrays)
+        return arrays
+
+
+def _take(source: Bytes, rows: Ints, into: Bytes | None = None) -> Bytes:
+    """The rows ``[n, width]`` of `source`, itself where that is all of them; or copied `into` an array."""
+    if into is not None:
+        if len(rows) == len(source):
+            into[:] = source
+        elif into.size:
+            np.take(source, rows, axis=0, out=into, mode="clip")
+        return into
+    return source if len(rows) == len(source) else source.take(rows, axis=0)
+
+
+def _flat(array: Bytes) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).data
+
+
+def _as_items(array: Bytes, shape: tuple[int, ...]) -> Bytes:
+    """``[n, k x item]`` bytes as ``[n, k, item]``."""
+    return array.reshape(*shape, -1) if array.size else array.reshape(*shape, 0)
+
+
+def _relayed_ids(passed: _PassedOn, rows: Ints, member: int) -> Bytes:
+    """The ids of the rows that go to the node's member with index `member`, as bytes ``[n, width]``."""
+    part = passed.parts[IDS_AT]
+    num_topk = passed.message.header.tensors[IDS_AT].shape[-1]
+    item = np.dtype(np.int64 if part.shape[1] == 8 * num_topk else np.int32)
+    ids = np.ascontiguousarray(part).view(item) if part.size else np.empty((passed.num_rows, num_topk), item)
+    chosen = np.ascontiguousarray(relay_ids(ids, passed.codes, rows, member))
+    return chosen.view(np.uint8) if chosen.size else np.empty((len(rows), part.shape[1]), np.uint8)
+
+
+def _unpack(message: Message) -> _PassedOn:
+    """A remote source's rows: an array ``[n, width]`` for every tensor, and the target codes.
+
+    Raises:
+        InvalidRequest: the tensors do not belong together.
+    """
+    metas = list(message.header.tensors)
+    num_rows = metas[0].shape[0] if metas and metas[0].shape else 0
+    arrays: list[Bytes] = []
+    for meta, data in zip(metas, message.tensors, strict=True):
+        if not meta.shape or meta.shape[0] != num_rows:
+            raise InvalidRequest(f"rank {message.header.source} sent tensors of different row counts")
+        width = len(data) // num_rows if num_rows else 0
+        arrays.append(np.frombuffer(data, np.uint8).reshape(num_rows, width))
+    codes = arrays.pop() if message.header.step == _WITH_CODES and arrays else None
+    return _PassedOn(message, arrays, codes, num_rows, {})
+
+
+def _concatenate(like: torch.Tensor, num_rows: int, pieces: Sequence[Bytes]) -> torch.Tensor:
+    """A new tensor ``[num_rows, ...]`` shaped like `like`, filled from `pieces` in order."""
+    result = torch.empty((num_rows, *like.shape[1:]), dtype=like.dtype)
+    if result.numel():
+        into = as_rows(result)
+        np.concatenate(list(pieces), axis=0, out=into)
+    return result

@@ -1,0 +1,100 @@
+"""The rank that this process is: its session, its links, and the communicators of its groups."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import torch
+
+from epmesh import errors
+from epmesh.placement import Placement
+from epmesh.v1 import group_service_pb2, group_service_pb2_grpc
+from epmesh.view import View
+from epmesh_server.ranks.communicator import JoinedCommunicator, new_communicator
+from epmesh_server.ranks.links import LinkHub
+from epmesh_server.ranks.session import RankSession
+
+Load = Callable[[tuple[int, ...], tuple[int, ...]], None]
+
+
+@dataclass
+class RankProcess:
+    """What all communicators of one rank share."""
+
+    session: RankSession
+    hub: LinkHub
+    incarnation: int
+    device: torch.device
+    exchange_timeout_s: float
+    timeout_s: float
+    max_tokens_per_rank: int | None
+    load: Load | None
+    _communicators: dict[str, JoinedCommunicator] = field(default_factory=dict)  # guarded by _lock
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def is_in(self, view: View) -> bool:
+        """Whether `view` has this rank, in this incarnation."""
+        info = view.ranks.get(self.session.rank)
+        return info is not None and info.incarnation == self.incarnation
+
+    def communicator(self, name: str) -> JoinedCommunicator:
+        """The communicator of a group of the newest view; the same object every time."""
+        view = self.session.view
+        assert view is not None
+        with self._lock:
+            found = self._communicators.get(name)
+            if found is None:
+                found = self._communicators[name] = new_communicator(self, name, view)
+            return found
+
+    def left(self, name: str) -> None:
+        """A communicator was destroyed; with that of `ep` the rank leaves the mesh."""
+        with self._lock:
+            self._communicators.pop(name, None)
+            rest = list(self._communicators.values()) if name == "ep" else []
+        for communicator in rest:
+            communicator.destroy()
+        if name == "ep":
+            self.hub.close()
+            self.session.close()
+
+    def create_group(self, request_id: str, name: str, ranks: list[int]) -> None:
+        """Asks for a group, and waits until its view is here."""
+        request = group_service_pb2.CreateGroupRequest(request_id=request_id, name=name, ranks=ranks)
+        self._change("CreateGroup", request)
+
+    def destroy_group(self, request_id: str, name: str) -> None:
+        """Asks for a group's end, and waits until its view is here."""
+        with self._lock:
+            found = self._communicators.get(name)
+        self._change("DestroyGroup", group_service_pb2.DestroyGroupRequest(request_id=request_id, name=name))
+        if found is not None:
+            found.destroy()
+            self.hub.drop_inbox(found._member.group_id)
+
+    def set_placement(self, request_id: str, placement: Placement, layer: int | None) -> None:
+        """Asks for a placement, and waits until its view is here."""
+        request = group_service_pb2.SetExpertPlacementRequest(
+            request_id=request_id, placement=placement.to_proto(layer)
+        )
+        self._change("SetExpertPlacement", request)
+
+    def _change(self, method: str, request: Any) -> None:
+        stub = group_service_pb2_grpc.GroupServiceStub(self.session.channel)
+        try:
+            response = getattr(stub, method)(request, timeout=self.timeout_s)
+        except grpc.RpcError as exc:
+            raise errors.from_rpc_error(exc, method) from exc
+        what = f"the view of epoch {response.epoch}"
+        self.session.wait_view(lambda view: view.epoch >= response.epoch, self.timeout_s, what)
+
+    def abandon(self) -> None:
+        """Ends a rank that has no communicator yet."""
+        with contextlib.suppress(errors.EpmeshError):
+            self.hub.close(linger_s=0)
+            self.session.close()
