@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 
 from epmesh import errors, frames
 from epmesh.v1 import error_pb2
+from epmesh_server.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/*.md")])
@@ -52,3 +54,29 @@ def test_wire_page_names_every_service() -> None:
     )
     assert services
     assert [name for name in services if f"`{name}`" not in WIRE] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_on_the_pages_exist_with_their_options(page: Path) -> None:
+    known = options_by_command()
+    for command, rest in re.findall(r"(?<![\w`./-]epmesh/)\bepmesh (\w+)((?: [^`#\n]*)?)", code_of(page.read_text())):
+        if command in known:
+            assert set(re.findall(r"--[a-z-]+", rest)) <= known[command] | {"--help"}, command
+
+
+def code_of(text: str) -> str:
+    """The lines of shell blocks, and what stands between backquotes."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return "\n".join([*blocks, *re.findall(r"`([^`\n]+)`", text)])
+
+
+def options_by_command() -> dict[str, set[str]]:
+    group = typer.main.get_group(app)
+    return {name: {flag for param in command.params for flag in param.opts} for name, command in group.commands.items()}
+
+
+def test_options_named_alone_exist_too() -> None:
+    known = set().union(*options_by_command().values())
+    for page in PAGES:
+        named = set(re.findall(r"`(--[a-z-]+)`", page.read_text()))
+        assert named <= known, page
