@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import socket
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import grpc
 
@@ -21,12 +22,31 @@ from epmesh.v1 import (
     rank_service_pb2_grpc,
     view_pb2,
 )
+from epmesh_server.node import NodeSettings, run_node
 from epmesh_server.shared_memory import ControlPage
 
 PATIENCE_S = 20.0
 STRIDE = 4
 WORLD, EP = 0, 1
+_P = ParamSpec("_P")
 _Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def on_event_loop(test: Callable[_P, Coroutine[Any, Any, None]]) -> Callable[_P, None]:
+    """Runs a test that is a coroutine on an event loop of its own."""
+
+    @functools.wraps(test)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    """Waits for a condition on shared memory, which cannot be awaited."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not happened():  # noqa: ASYNC110 - nobody can set an event there
+            await asyncio.sleep(0.001)
 
 
 async def soon(awaitable: Any) -> Any:
@@ -168,6 +188,61 @@ async def serving(fake: FakeCoordinator, port: int = 0) -> AsyncIterator[str]:
         await server.stop(0)
 
 
+@contextlib.asynccontextmanager
+async def node_service(coordinator: str, **settings: Any) -> AsyncIterator[NodeUnderTest]:
+    """Runs a node service on this event loop; gives it once it listens, and stops it at the end."""
+    stop = asyncio.Event()
+    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    settings = {"port": 0, "buffer_bytes": 1 << 16, "coordinator": coordinator, **settings}
+    task = asyncio.create_task(run_node(NodeSettings(**settings), stop, ready.set_result))
+    await asyncio.wait((task, ready), timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+    if not ready.done():
+        task.result()
+    node = NodeUnderTest(ready.result(), task, stop)
+    try:
+        yield node
+    finally:
+        await node.stop()
+
+
+class NodeUnderTest:
+    """A running node service."""
+
+    def __init__(self, address: str, task: asyncio.Task[None], stop: asyncio.Event) -> None:
+        self.address = address
+        self.task = task
+        self._stop = stop
+
+    async def stop(self) -> None:
+        """Stops it as a signal does; raises what it raised."""
+        self._stop.set()
+        await soon(asyncio.shield(self.task))
+
+    async def describe(self) -> rank_service_pb2.DescribeNodeResponse:
+        """What DescribeNode answers over TCP."""
+        async with grpc.aio.insecure_channel(self.address) as channel:
+            stub = rank_service_pb2_grpc.RankServiceStub(channel)
+            return await stub.DescribeNode(rank_service_pb2.DescribeNodeRequest(), timeout=PATIENCE_S)
+
+    async def registered(self) -> rank_service_pb2.DescribeNodeResponse:
+        """What DescribeNode answers once the coordinator accepted the node."""
+        while True:
+            node = await self.describe()
+            if node.registered:
+                return node
+            await asyncio.sleep(0.005)
+
+    @contextlib.asynccontextmanager
+    async def rank(self, **options: Any) -> AsyncIterator[RawRank]:
+        """An open rank in this process."""
+        rank = RawRank(await self.registered())
+        try:
+            await rank.open(**options)
+            yield rank
+        finally:
+            await rank.hang_up()
+
+
 def declaration(incarnation: int = 7, link_endpoint: str = "", **fields: Any) -> membership_service_pb2.RankDeclaration:
     """What a rank says of itself."""
     rank = view_pb2.Rank(
@@ -185,6 +260,7 @@ class RawRank:
         self._call = rank_service_pb2_grpc.RankServiceStub(self._channel).RankSession()
         self.opened = rank_service_pb2.RankOpened()
         self._fds: list[int] = []
+        self._wake_fd = -1
 
     async def open(self, local_rank: int | None = None, incarnation: int = 7, link_endpoint: str = "") -> None:
         """Opens the session; raises what the node answers."""
@@ -224,12 +300,13 @@ class RawRank:
         )
         _, fds = await asyncio.to_thread(ask_descriptors, Path(self.node.descriptor_socket), request)
         self._fds += fds
+        self._wake_fd = fds[1]
         return ControlPage(fds[0])
 
     @property
     def wake_fd(self) -> int:
         """The eventfd that came with the page."""
-        return self._fds[1]
+        return self._wake_fd
 
     async def buffers(
         self, group_id: int, membership_epoch: int

@@ -67,7 +67,7 @@ class CoordinatorLink:
         self._node = node
         self._session: _Session | None = None
         self._lease: _Lease | None = None
-        self._leaving = False
+        self._leaving = asyncio.Event()
 
     def ranks_changed(self) -> None:
         """Sends a new rank report, if there is a session; a new session starts with one anyway."""
@@ -89,7 +89,7 @@ class CoordinatorLink:
         backoff_s = _FIRST_BACKOFF_S
         watch = asyncio.create_task(self._watch_lease())
         try:
-            while not self._leaving:
+            while not self._leaving.is_set():
                 try:
                     registration = await self._register(identity)
                     complaint.over()
@@ -98,7 +98,7 @@ class CoordinatorLink:
                 except (InvalidRequest, Unauthenticated):
                     raise
                 except EpmeshError as exc:
-                    if self._leaving:
+                    if self._leaving.is_set():
                         return
                     complaint.about(exc)
                 await asyncio.sleep(backoff_s)
@@ -108,7 +108,7 @@ class CoordinatorLink:
 
     async def leave(self, within_s: float) -> None:
         """Says good-bye, if there is a session; `run` must still be running."""
-        self._leaving = True
+        self._leaving.set()
         if self._session:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._session.leave(), within_s)

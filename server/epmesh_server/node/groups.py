@@ -11,6 +11,7 @@ from epmesh.errors import NotReady, from_rpc_error
 from epmesh.grpc_errors import abort
 from epmesh.v1 import group_service_pb2 as wire
 from epmesh.v1 import group_service_pb2_grpc
+from epmesh_server.node.rpc import seconds_left
 from epmesh_server.node.views import ViewBoard
 
 _MAX_TIMEOUT_S = 600.0
@@ -50,8 +51,7 @@ class Groups(group_service_pb2_grpc.GroupServiceServicer):
     async def _forward(
         self, call: Callable[..., Awaitable[_Response]], request: _Request, context: _Context
     ) -> _Response:
-        timeout_s = min(context.time_remaining(), _MAX_TIMEOUT_S)
         try:
-            return await call(request, timeout=timeout_s)
+            return await call(request, timeout=seconds_left(context, _MAX_TIMEOUT_S))
         except grpc.aio.AioRpcError as exc:
             await abort(context, from_rpc_error(exc, f"coordinator at {self._coordinator}"))

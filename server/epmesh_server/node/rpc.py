@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import grpc
 
@@ -36,6 +37,12 @@ _PERMISSIVE = (
 TCP_SERVER_OPTIONS: Sequence[tuple[str, int]] = (*_COMMON, *_KEEPALIVE, *_PERMISSIVE)
 # The kernel says when a local peer is gone; pings from here would only punish processes that are late, not dead.
 UNIX_SERVER_OPTIONS: Sequence[tuple[str, int]] = (*_COMMON, *_PERMISSIVE)
+
+
+def seconds_left(context: grpc.aio.ServicerContext[Any, Any], most_s: float) -> float:
+    """Seconds until the caller of `context` gives up; `most_s` where that is later or never."""
+    remaining = cast("float | None", context.time_remaining())  # the stubs do not know of calls without a deadline
+    return most_s if remaining is None else min(remaining, most_s)
 
 
 def open_channel(address: str) -> grpc.aio.Channel:

@@ -11,6 +11,7 @@ import grpc
 from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, Overloaded, StaleEpoch
 from epmesh.grpc_errors import abort
 from epmesh.v1 import store_service_pb2, store_service_pb2_grpc
+from epmesh_server.node.rpc import seconds_left
 
 MAX_KEY_CHARS = 1024
 MAX_VALUE_BYTES = 4 << 20
@@ -183,8 +184,7 @@ class Store(store_service_pb2_grpc.StoreServiceServicer):
         self, request: store_service_pb2.GetValueRequest, context: _Context
     ) -> store_service_pb2.GetValueResponse:
         """Waits for a key, up to the call's deadline."""
-        timeout_s = min(context.time_remaining(), _MAX_WAIT_S)
-        value = await _answer_later(context, self._values.get(request.key, timeout_s))
+        value = await _answer_later(context, self._values.get(request.key, seconds_left(context, _MAX_WAIT_S)))
         return store_service_pb2.GetValueResponse(value=value)
 
     async def AddValue(
