@@ -286,8 +286,9 @@ class Rounds:
         running.phase = Phase.COMMITTING
         running.waiting = {node.slot for node in draft.nodes}
         running.deadline = now + self._settings.answer_s(len(running.waiting))
+        commit = Commit(view)  # one object for all: it is encoded once
         for node in self._nodes:
-            self._send(node, Commit(view))
+            self._send(node, commit)
         self._tell_the_lost()
         self._out.append(Note(_summary(base, draft, view)))
 

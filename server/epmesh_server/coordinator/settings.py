@@ -1,0 +1,70 @@
+"""What a coordinator is set to. Frozen, validated once."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from epmesh.errors import InvalidRequest
+from epmesh_server.membership import MembershipSettings
+
+DEFAULT_PORT = 7401
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoordinatorSettings:
+    """Where a coordinator listens, where it keeps its log, and the constants of its mesh.
+
+    Attributes:
+        host: address to bind; beyond loopback only with `insecure`, for whoever reaches it could join the mesh.
+        port: 0 binds a free one, which `run_coordinator` publishes.
+        data_dir: directory of the log; made when missing, and no other coordinator's.
+        stride, min_nodes, heartbeat_interval_s, lease_s, answer_timeout_s: see `MembershipSettings`.
+        insecure: whether to listen beyond loopback without authentication.
+    """
+
+    data_dir: Path
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    stride: int = 8
+    min_nodes: int | None = None
+    heartbeat_interval_s: float = 1.0
+    lease_s: float = 3.0
+    answer_timeout_s: float = 1.0
+    insecure: bool = False
+    membership: MembershipSettings = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65_535:
+            raise InvalidRequest(f"port is {self.port}; it must be 0 to 65535")
+        if not self.insecure and not is_loopback(self.host):
+            raise InvalidRequest(
+                f"host {self.host} is reachable from other machines and anyone there could join the mesh; "
+                f"say --insecure if the network is trusted, or bind 127.0.0.1"
+            )
+        membership = MembershipSettings(
+            version=version("epmesh"),
+            stride=self.stride,
+            min_nodes=self.min_nodes,
+            heartbeat_interval_s=self.heartbeat_interval_s,
+            lease_s=self.lease_s,
+            answer_timeout_s=self.answer_timeout_s,
+        )
+        object.__setattr__(self, "membership", membership)
+
+    def address(self, port: int) -> str:
+        """host:port as gRPC writes it."""
+        host = self.host.strip("[]")
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
