@@ -1,0 +1,118 @@
+"""A rank as a child of a local mesh: joins, then does the work it is sent."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+import epmesh
+from epmesh.errors import MeshUnavailable, NotReady, StaleEpoch
+from epmesh.view import View
+from epmesh_server.testing.messages import GetReady, Join, Raised, Ready, Result, Work
+
+_POLL_S = 0.005
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSettings:
+    """What a rank says when it joins; as the arguments of ``epmesh.join``."""
+
+    local_rank: int
+    device: str = "cpu"
+    num_experts: int | None = None
+    experts: tuple[int, ...] | None = None
+    tensor_parallel_size: int = 1
+    max_tokens_per_rank: int | None = None
+    exchange_timeout_s: float = 30.0
+    timeout_s: float = 30.0
+
+
+def rank_main(pipe: Connection[Any, Any], settings: RankSettings) -> None:
+    """Answers each message of the owner with one of its own, until the owner is gone."""
+    torch.set_num_threads(1)  # the ranks of one machine share its cores
+    runner = RankRunner(settings)
+    while True:
+        try:
+            message = pickle.loads(pipe.recv_bytes())  # noqa: S301 - an inherited pipe, no wire
+        except (EOFError, ConnectionResetError):
+            return
+        pipe.send_bytes(pickle.dumps(runner.answer(message)))
+
+
+class RankRunner:
+    """Holds the rank's communicator between works."""
+
+    def __init__(self, settings: RankSettings) -> None:
+        self._settings = settings
+        self._address = ""
+        self._comm: epmesh.Communicator | None = None
+        self._handlers: dict[type, Callable[[Any], object]] = {
+            Join: self._join,
+            GetReady: self._get_ready,
+            Work: self._work,
+        }
+
+    def answer(self, message: object) -> object:
+        """Does what `message` says; an exception becomes the answer."""
+        try:
+            return self._handlers[type(message)](message)
+        except BaseException as exc:  # noqa: BLE001 - the owner raises it, SystemExit too
+            return Raised.of(exc)
+
+    def _join(self, message: Join) -> Ready:
+        self._address = message.address
+        return Ready(self._rejoin(message.world_size, self._settings.timeout_s).view.membership_epoch)
+
+    def _rejoin(self, world_size: int, timeout_s: float) -> epmesh.Communicator:
+        if self._comm is not None:
+            self._comm.destroy()
+            self._comm = None
+        settings = self._settings
+        self._comm = epmesh.join(
+            self._address,
+            world_size=world_size,
+            local_rank=settings.local_rank,
+            device=settings.device,
+            num_experts=settings.num_experts,
+            experts=settings.experts,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            max_tokens_per_rank=settings.max_tokens_per_rank,
+            exchange_timeout_s=settings.exchange_timeout_s,
+            timeout_s=timeout_s,
+        )
+        return self._comm
+
+    def _get_ready(self, message: GetReady) -> Ready:
+        deadline = time.monotonic() + message.timeout_s
+        while True:
+            view = self._adopt(message, deadline)
+            if set(view.ranks) == message.ranks and view.membership_epoch >= message.membership_epoch:
+                return Ready(view.membership_epoch)
+            if time.monotonic() > deadline:
+                alive, seen = sorted(message.ranks), sorted(view.ranks)
+                raise NotReady(f"ranks {alive} are alive, but epoch {view.epoch} has {seen}")
+            time.sleep(_POLL_S)
+
+    def _adopt(self, message: GetReady, deadline: float) -> View:
+        """The newest view; joins again where this rank is no member any more."""
+        remaining_s = max(_POLL_S, deadline - time.monotonic())
+        if self._comm is not None:
+            try:
+                return self._comm.wait_ready(remaining_s)[0]
+            except (MeshUnavailable, StaleEpoch):
+                if time.monotonic() > deadline:
+                    raise
+        return self._rejoin(len(message.ranks), max(_POLL_S, deadline - time.monotonic())).view
+
+    def _work(self, message: Work) -> Result:
+        sys.path.extend(path for path in message.path if path not in sys.path)
+        work, args = pickle.loads(message.pickled)  # noqa: S301 - from an inherited pipe, no wire
+        # Plain pickle copies tensors; multiprocessing's would pass descriptors that outlive nobody.
+        return Result(pickle.dumps(work(self._comm, *args)))

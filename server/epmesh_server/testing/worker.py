@@ -1,0 +1,48 @@
+"""A thread that does one thing after the other, and holds nobody up at the interpreter's end."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+
+class Worker:
+    """Runs calls in the order given, on a daemon thread that starts with the first.
+
+    (The interpreter waits for the threads of a `ThreadPoolExecutor` before it runs exit handlers, so for ever if the
+    handler is what would end the call.)
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        """Runs `call` when those before it are done."""
+        future: Future[Any] = Future()
+        self._calls.put((future, call))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+        return future
+
+    def close(self) -> None:
+        """Returns when everything submitted is done; idempotent."""
+        if self._thread is not None:
+            self._calls.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while (entry := self._calls.get()) is not None:
+            future, call = entry
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as exc:  # noqa: BLE001 - the future's owner gets it
+                future.set_exception(exc)

@@ -1,0 +1,98 @@
+"""What the contract suite runs on: anything that calls a work in every rank. `LocalMesh` is the first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from tests import reference
+from tests.integration import contract
+from tests.integration.contract import Exchange, Outcome
+
+
+class Runner(Protocol):
+    """Calls ``work(comm, *args)`` in every rank and returns a list by global rank."""
+
+    def __call__(self, work: Callable[..., Any], *args: Any) -> list[Any]: ...
+
+
+class Target:
+    """A mesh of some shape, with the shape's groups and placements declared."""
+
+    def __init__(self, shape: contract.Shape, run: Runner) -> None:
+        self.shape = shape
+        self._run = run
+        run(contract.declare, shape)
+        self.groups = {"ep": shape.group(), **{name: shape.group(r) for name, r in shape.user_groups().items()}}
+
+    def run(self, group: str, work: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `work` returned on the members of `group`, by position; it gets the group's communicator."""
+        results = self._run(contract.in_group, group, work, *args)
+        return [results[rank] for rank in self.groups[group].ranks]
+
+    def experts(self, group: str, layer: int | None) -> tuple[int, ...]:
+        """Ids that have a holder among the group's members."""
+        placement = self.shape.placement(layer)
+        if placement is None:
+            return tuple(range(8))
+        return tuple(sorted({e for rank in self.groups[group].ranks for e in placement.experts_of[rank]}))
+
+
+def assert_same(actual: object, expected: torch.Tensor, what: str) -> None:
+    """Dtype, shape and every byte are equal."""
+    assert isinstance(actual, torch.Tensor), f"{what}: {actual!r} is no tensor"
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, not {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    assert actual.device == expected.device, f"{what}: on {actual.device}"
+    differ = reference.as_bytes(actual) != reference.as_bytes(expected)
+    assert not differ.any(), f"{what}: {int(differ.any(-1).sum())} of {actual.numel()} elements differ"
+
+
+def assert_sums(actual: object, expected: torch.Tensor, what: str) -> None:
+    """As `assert_same`, but for the sign of zeros."""
+    assert isinstance(actual, torch.Tensor), f"{what}: {actual!r} is no tensor"
+    assert_same(actual + torch.zeros_like(actual), expected + torch.zeros_like(expected), what)
+
+
+def check_exchanges(
+    target: Target, group: str, cases: Sequence[Exchange], positions: Sequence[int] | None = None
+) -> None:
+    """Runs the exchanges in every rank of `group` and compares everything each rank got with the reference.
+
+    Args:
+        positions: whose input each rank takes, by default its own.
+    """
+    outcomes = target.run(group, contract.exchange, cases, positions)
+    for number, case in enumerate(cases):
+        _compare(target, group, case, [of_rank[number] for of_rank in outcomes], positions or range(len(outcomes)))
+
+
+def _compare(target: Target, group: str, case: Exchange, outcomes: list[Outcome], positions: Sequence[int]) -> None:
+    members = target.groups[group]
+    rows = [case.rows(position) for position in positions]
+    placement = None if case.router_logits else target.shape.placement(case.layer)
+    received = reference.dispatch(members, rows, placement, case.is_sequence_parallel)
+    for position, (outcome, expected) in enumerate(zip(outcomes, received, strict=True)):
+        _compare_received(outcome.parts, expected, case, f"{case} in group {group} on position {position}")
+    if case.combine_dtype is not None:
+        results = [case.results(got.hidden_states, rank) for got, rank in zip(received, members.ranks, strict=True)]
+        sums = reference.combine(
+            members, [len(source.topk_ids) for source in rows], [got.origins for got in received], results
+        )
+        for position, (outcome, wanted) in enumerate(zip(outcomes, sums, strict=True)):
+            assert_sums(outcome.combined, wanted, f"combined {case} in group {group} on position {position}")
+
+
+def _compare_received(parts: tuple[Any, ...], expected: reference.Received, case: Exchange, what: str) -> None:
+    wanted = [expected.hidden_states, expected.topk_weights]
+    wanted += [] if case.router_logits else [expected.topk_ids]
+    assert len(parts) == len(wanted) + (case.extras is not None), f"{what}: {len(parts)} elements"
+    for name, part, tensor in zip(("rows", "weights", "ids"), parts, wanted, strict=False):
+        assert_same(part, tensor, f"{name} of {what}")
+    if case.extras is not None:
+        assert isinstance(parts[-1], list)
+        assert expected.extra_tensors is not None
+        for part, tensor in zip(parts[-1], expected.extra_tensors, strict=True):
+            assert_same(part, tensor, f"extra tensor of {what}")
