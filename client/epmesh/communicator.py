@@ -32,6 +32,10 @@ class Handle(abc.ABC):
     def sequence(self) -> int:
         """The exchange's number in its group."""
 
+    @abc.abstractmethod
+    def wait(self) -> tuple[Any, ...]:
+        """The received rows, as ``dispatch`` returns them; the same again when called twice."""
+
 
 class Communicator(abc.ABC):
     """A rank's membership in one group.
@@ -143,7 +147,8 @@ class Communicator(abc.ABC):
                 hold the same ones (False).
             extra_tensors: ``[num_tokens, ...]`` each; they travel with the rows.
             layer: whose placement decides.
-            static: fixed output size (see ``max_tokens_per_rank``).
+            static: the output has ``world_size x T`` rows (T: join's ``max_tokens_per_rank``), slot = source rank x T +
+                source row; unused ones have id -1 and weight 0.
 
         Returns:
             ``(hidden_states, topk_weights, topk_ids)`` of the received rows, ordered by source rank, then source row;
@@ -152,6 +157,23 @@ class Communicator(abc.ABC):
 
         Raises:
             ExpertUnavailable: a row wants an expert without a living holder.
+        """
+
+    @abc.abstractmethod
+    def dispatch_async(
+        self,
+        hidden_states: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        is_sequence_parallel: bool = False,
+        extra_tensors: list[torch.Tensor] | None = None,
+        *,
+        layer: int | None = None,
+        static: bool = False,
+    ) -> Handle:
+        """As `dispatch`, but returns once the rows are sent; ``handle.wait()`` gives what `dispatch` returns.
+
+        Two exchanges may be open at once; a third is `InvalidRequest`. Pass the handle to `combine`.
         """
 
     @abc.abstractmethod

@@ -227,9 +227,12 @@ class GroupRow:
 class BufferLayout:
     """Where things stand in one local member's buffer of a group.
 
-    ``recv[parity][source]`` (source: position in the group) is where source's rows for this rank are put, by the source
-    itself or by the rank that passes them on; ``out[parity]`` is where the rank shows its combine input to its
+    ``recv[turn][source]`` (source: position in the group) is where source's rows for this rank are put, by the source
+    itself or by the rank that passes them on; ``out[slot]`` is where the rank shows its combine input to its
     neighbours. Each region is a header of `HEADER_BYTES` and a payload. Only touched pages cost memory.
+
+    A rank may have posted two dispatches and not yet taken in either when a peer posts the next call, which cannot be
+    followed by another before this rank posts it too: so regions take turns by three, and nothing unread is overwritten.
 
     Attributes:
         world_size: members of the group, on all nodes.
@@ -240,6 +243,7 @@ class BufferLayout:
     region_bytes: int
 
     HEADER_BYTES = 65_536
+    TURNS, SLOTS = 3, 2
 
     def __post_init__(self) -> None:
         if self.region_bytes <= 0 or self.region_bytes % PAGE_BYTES:
@@ -254,15 +258,15 @@ class BufferLayout:
         """Most payload bytes of a rank's combine input."""
         return self.world_size * self.region_bytes
 
-    def recv_offset(self, parity: int, source: int) -> int:
-        """Where the region of `source` for exchanges of `parity` starts."""
-        return (parity * self.world_size + source) * self._recv_stride
+    def recv_offset(self, turn: int, source: int) -> int:
+        """Where the region of `source` for exchanges of `turn` (sequence modulo `TURNS`) starts."""
+        return (turn * self.world_size + source) * self._recv_stride
 
-    def out_offset(self, parity: int) -> int:
-        """Where the combine region of `parity` starts."""
-        return 2 * self.world_size * self._recv_stride + parity * (self.HEADER_BYTES + self.out_bytes)
+    def out_offset(self, slot: int) -> int:
+        """Where the combine region of the open exchange `slot` starts."""
+        return self.TURNS * self.world_size * self._recv_stride + slot * (self.HEADER_BYTES + self.out_bytes)
 
     @property
     def total_bytes(self) -> int:
         """Size of the memfd."""
-        return self.out_offset(2)
+        return self.out_offset(self.SLOTS)

@@ -144,7 +144,7 @@ def check_rows(tensors: Sequence[torch.Tensor], names: Sequence[str]) -> None:
             raise InvalidRequest(f"{name} has {tensor.shape[0]} rows; hidden_states has {tensors[0].shape[0]}")
 
 
-def check_dispatch(tensors: Sequence[torch.Tensor], max_tokens: int | None, static: bool) -> None:
+def check_dispatch(tensors: Sequence[torch.Tensor]) -> None:
     """hidden_states, topk_weights, topk_ids and extra tensors that belong together."""
     check_rows(tensors, ("hidden_states", "topk_weights", "topk_ids"))
     weights, ids = tensors[1], tensors[2]
@@ -152,13 +152,14 @@ def check_dispatch(tensors: Sequence[torch.Tensor], max_tokens: int | None, stat
         raise InvalidRequest(f"topk_ids is {dtype_name(ids.dtype)}; it must be int32 or int64")
     if weights.shape != ids.shape:
         raise InvalidRequest(f"topk_weights is {list(weights.shape)} and topk_ids {list(ids.shape)}; make them equal")
-    check_static(static, max_tokens)
 
 
-def check_static(static: bool, max_tokens: int | None) -> None:
-    """Static mode is not there yet."""
-    if static:
-        raise InvalidRequest(f"static=True (max_tokens_per_rank={max_tokens}) is not available in this version")
+def check_static(static: bool, num_tokens: int, max_tokens: int | None) -> None:
+    """Static mode has room for a fixed number of tokens a rank."""
+    if static and max_tokens is None:
+        raise InvalidRequest("static=True needs max_tokens_per_rank=; pass it to join")
+    if static and max_tokens is not None and num_tokens > max_tokens:
+        raise InvalidRequest(f"{num_tokens} tokens in static mode; max_tokens_per_rank is {max_tokens}")
 
 
 def check_group_name(name: str) -> None:

@@ -115,9 +115,10 @@ class GroupBuffers:
         """Readable once somebody woke this rank."""
         return self._wake[self.me]
 
-    def recv(self, owner: int, parity: int, source: int) -> Region:
-        """Where `owner` finds the rows of `source`."""
-        return self._region(owner, self.layout.recv_offset(parity, source), self.layout.region_bytes)
+    def recv(self, owner: int, sequence: int, source: int) -> Region:
+        """Where `owner` finds the rows of `source` for an exchange."""
+        start = self.layout.recv_offset(sequence % self.layout.TURNS, source)
+        return self._region(owner, start, self.layout.region_bytes)
 
     def out(self, owner: int, slot: int) -> Region:
         """Where `owner` shows its combine input of the open exchange `slot` (0 or 1)."""

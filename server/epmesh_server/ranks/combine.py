@@ -6,6 +6,7 @@ order and fp32, and rounded: one row travels per (row, node), and the result has
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from epmesh.errors import EpmeshError, InvalidRequest
 from epmesh.frames import Message
 from epmesh.layout import Ints
 from epmesh.v1 import frame_pb2
+from epmesh_server.ranks.buffers import Region
 from epmesh_server.ranks.calls import Call, describe, verdict
 from epmesh_server.ranks.member import GroupMember
 from epmesh_server.ranks.tensors import accumulator, as_rows, dtype_name, from_bytes, meta_of, sum_rows
@@ -49,16 +51,24 @@ class CombineStage:
         except InvalidRequest as exc:
             self._call.refusal.CopyFrom(exc.to_proto())
         region = self._member.buffers.out(self._topology.me, self._exchange.slot)
+        self._ends = [0, *itertools.accumulate(self._exchange.counts)]
         if not self._call.HasField("refusal"):
-            data = as_rows(self._hidden)
-            region.payload[: data.size] = data.reshape(-1)
-            region.offsets[1 : len(self._exchange.counts) + 1] = np.cumsum(self._exchange.counts)
-        region.describe(self._exchange.num_received, self._call.SerializeToString())
+            self._results = self._exchange.compact(self._hidden)
+            if len(self._topology.local) > 1:
+                self._show(region)
+        region.describe(self._ends[-1], self._call.SerializeToString())
         self._member.session.page.barrier()
         region.publish(self._member.flag(self._exchange.sequence))
         for position in self._topology.local:
             if position != self._topology.me:
                 self._member.buffers.wake(position)
+
+    def _show(self, region: Region) -> None:
+        """Puts the results where neighbours read them, unless the caller computed them there."""
+        data = as_rows(self._results)
+        if data.ctypes.data != region.payload.ctypes.data:
+            region.payload[: data.size] = data.reshape(-1)
+        region.offsets[: len(self._ends)] = self._ends
 
     def collect(self) -> torch.Tensor:
         """Waits for all results of this rank's rows and sums them; sends on what it owes to other nodes.
@@ -89,7 +99,7 @@ class CombineStage:
         return sum_rows(ordered, layout.num_tokens, self._hidden.shape[1], self._hidden.dtype)
 
     def _check(self, is_sequence_parallel: bool, output: torch.Tensor | None) -> None:
-        hidden, received = self._hidden, self._exchange.num_received
+        hidden, received = self._hidden, self._exchange.num_returned
         if hidden.dim() != 2 or hidden.shape[0] != received:
             raise InvalidRequest(
                 f"hidden_states is {list(hidden.shape)}; the dispatch returned {received} rows, so it must be "
@@ -135,6 +145,8 @@ class CombineStage:
         return self._exchange.relayed[source].rows_of[position]
 
     def _results_of(self, position: int, source: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
+        if position == self._topology.me:
+            return self._results[self._ends[source] : self._ends[source + 1]]
         region = self._member.buffers.out(position, self._exchange.slot)
         start, stop = (int(offset) for offset in region.offsets[source : source + 2])
         width = hidden * dtype.itemsize

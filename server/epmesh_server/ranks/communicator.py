@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,9 +21,10 @@ from epmesh.view import View
 from epmesh_server.ranks import arguments as args
 from epmesh_server.ranks.calls import describe
 from epmesh_server.ranks.collectives import Collectives
-from epmesh_server.ranks.exchange import Exchange, ExchangeStats
+from epmesh_server.ranks.exchange import Exchange, ExchangeStats, Request
 from epmesh_server.ranks.member import GroupMember
 from epmesh_server.ranks.point_to_point import PointToPoint
+from epmesh_server.ranks.tensors import from_bytes
 
 if TYPE_CHECKING:
     from epmesh_server.ranks.rank import RankProcess
@@ -56,7 +59,7 @@ class JoinedCommunicator(Communicator):
             view.group(self.unique_name),
             self._rank_process.exchange_timeout_s,
         )
-        self._exchange = Exchange(self._member, self._stats)
+        self._exchange = Exchange(self._member, self._stats, self._turn)
         self._collectives = Collectives(self._exchange)
         self._point_to_point = PointToPoint(self._member)
         self._routings: dict[tuple[int, int | None, bool], Routing | None] = {}
@@ -183,22 +186,26 @@ class JoinedCommunicator(Communicator):
         layer: int | None = None,
         static: bool = False,
     ) -> tuple[Any, ...]:
-        tensors = [hidden_states, topk_weights, topk_ids, *(extra_tensors or ())]
-
-        def layout() -> Layout:
-            args.check_dispatch(tensors, self._rank_process.max_tokens_per_rank, static)
-            routing = self._routing(layer, is_sequence_parallel)
-            eligible = self._eligible(is_sequence_parallel)
-            if routing is None:
-                return broadcast_layout(len(hidden_states), self._member.topology, eligible)
-            return routed_layout(topk_ids.contiguous().numpy(), routing, self._member.topology)
-
+        tensors = [hidden_states, topk_weights, topk_ids]
+        request = self._routed(tensors, extra_tensors, is_sequence_parallel, layer, static)
         with self._turn():
-            what = (
-                f"{args.rows_text(tensors)} layer={layer} is_sequence_parallel={is_sequence_parallel} static={static}"
-            )
-            _, received = self._exchange.dispatch("dispatch", tensors, layout, what, is_sequence_parallel)
-        return (*received[:3], received[3:]) if extra_tensors is not None else tuple(received)
+            return self._exchange.dispatch(request)
+
+    def dispatch_async(
+        self,
+        hidden_states: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        is_sequence_parallel: bool = False,
+        extra_tensors: list[torch.Tensor] | None = None,
+        *,
+        layer: int | None = None,
+        static: bool = False,
+    ) -> Handle:
+        tensors = [hidden_states, topk_weights, topk_ids]
+        request = self._routed(tensors, extra_tensors, is_sequence_parallel, layer, static)
+        with self._turn():
+            return self._exchange.start(request)
 
     def dispatch_router_logits(
         self,
@@ -214,16 +221,56 @@ class JoinedCommunicator(Communicator):
 
         def layout() -> Layout:
             args.check_rows(tensors, ("hidden_states", "router_logits"))
-            args.check_static(static, self._rank_process.max_tokens_per_rank)
+            args.check_static(static, len(hidden_states), self._rank_process.max_tokens_per_rank)
             return broadcast_layout(len(hidden_states), self._member.topology, self._eligible(is_sequence_parallel))
 
+        what = f"layer={layer} is_sequence_parallel={is_sequence_parallel}"
+        request = self._request("dispatch_router_logits", tensors, 2, extra_tensors is not None, layout, what, static)
         with self._turn():
-            what = (
-                f"{args.rows_text(tensors)} layer={layer} is_sequence_parallel={is_sequence_parallel} static={static}"
-            )
-            method = "dispatch_router_logits"
-            _, received = self._exchange.dispatch(method, tensors, layout, what, is_sequence_parallel)
-        return (*received[:2], received[2:]) if extra_tensors is not None else tuple(received)
+            return self._exchange.dispatch(replace(request, is_sequence_parallel=is_sequence_parallel))
+
+    def _routed(
+        self,
+        tensors: list[torch.Tensor],
+        extra_tensors: list[torch.Tensor] | None,
+        is_sequence_parallel: bool,
+        layer: int | None,
+        static: bool,
+    ) -> Request:
+        """A dispatch by ids; its arguments are checked when it begins, so that a refusal takes its number."""
+        tensors = [*tensors, *(extra_tensors or ())]
+
+        def layout() -> Layout:
+            args.check_dispatch(tensors)
+            args.check_static(static, len(tensors[0]), self._rank_process.max_tokens_per_rank)
+            routing = self._routing(layer, is_sequence_parallel)
+            if routing is None:
+                eligible = self._eligible(is_sequence_parallel)
+                return broadcast_layout(len(tensors[0]), self._member.topology, eligible)
+            return routed_layout(tensors[2].contiguous().numpy(), routing, self._member.topology)
+
+        what = f"layer={layer} is_sequence_parallel={is_sequence_parallel}"
+        request = self._request("dispatch", tensors, 3, extra_tensors is not None, layout, what, static)
+        return replace(request, is_sequence_parallel=is_sequence_parallel)
+
+    def _request(
+        self,
+        method: str,
+        tensors: list[torch.Tensor],
+        num_named: int,
+        with_extra: bool,
+        layout: Callable[[], Layout],
+        what: str,
+        static: bool,
+    ) -> Request:
+        rows = self._rank_process.max_tokens_per_rank if static else None
+        arguments = f"{args.rows_text(tensors)} {what} static={rows if static else False}"
+        numbers = [torch.arange(len(tensors[0]), dtype=torch.int32).unsqueeze(1)] if static and tensors[0].dim() else []
+
+        def shape(received: list[torch.Tensor]) -> tuple[Any, ...]:
+            return (*received[:num_named], received[num_named:]) if with_extra else tuple(received)
+
+        return Request(method, [*tensors, *numbers], layout, shape, arguments, False, rows)
 
     def combine(
         self, hidden_states: torch.Tensor, is_sequence_parallel: bool = False, *, handle: Handle | None = None
@@ -245,12 +292,17 @@ class JoinedCommunicator(Communicator):
     def allocate_combine_input(
         self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, is_sequence_parallel: bool = False
     ) -> torch.Tensor | None:
-        return None
+        size = math.prod(shape) * dtype.itemsize
+        if torch.device(device).type != "cpu" or not size:
+            return None
+        with self._turn():
+            buffer = self._exchange.combine_buffer(size)
+            return None if buffer is None else from_bytes(buffer, dtype, shape)
 
     def get_symmetric_memory_buffer(
         self, role: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor | None:
-        return None
+        return self.allocate_combine_input(shape, dtype, device) if role == "combine_input" else None
 
     def prepare_communication_buffer_for_model(self, model: Any) -> None:
         if not self.is_ep_communicator:

@@ -38,6 +38,7 @@ class DispatchStage:
     """One dispatch on one rank: `post`, `wait`, `assemble`.
 
     Attributes:
+        member, sequence: whose and which dispatch it is.
         counts: after `assemble`, rows received by source position.
         passed_on: by source position, what came on this rank's rail.
         bytes_sent, floor_bytes: between nodes, handed to the sockets; least possible.
@@ -47,7 +48,8 @@ class DispatchStage:
         self, member: GroupMember, sequence: int, tensors: Sequence[torch.Tensor], layout: Layout | None
     ) -> None:
         """Prepares; `layout` is `None` for a round without rows, or where this rank's input is refused."""
-        self._member, self._topology, self._sequence = member, member.topology, sequence
+        self.member, self.sequence = member, sequence
+        self._topology = member.topology
         self._layout = layout
         self._tensors = tensors if layout is not None else ()
         self._sources = [as_rows(tensor) for tensor in self._tensors]
@@ -75,7 +77,7 @@ class DispatchStage:
 
     def post(self, call: Call) -> None:
         """Sends this rank's part to everybody: other nodes first, their way is longer."""
-        call.abandoned = self._member.abandoned
+        call.abandoned = self.member.abandoned
         self._call = call
         encoded = call.SerializeToString()
         if len(encoded) > MAX_CALL_BYTES:
@@ -98,7 +100,7 @@ class DispatchStage:
         Raises:
             EpmeshError: the calls do not agree, or a member refused: the same on all members.
         """
-        member = self._member
+        member = self.member
         pending = [position for position in range(self._topology.world_size) if position != self._topology.me]
 
         def ready() -> bool:
@@ -110,7 +112,7 @@ class DispatchStage:
             told = [p for p in pending if p in self._topology.local or self._rail_here(p) not in waiting]
             return told or pending
 
-        member.wait_until(ready, self._sequence, time.monotonic() + member.timeout_s, late)
+        member.wait_until(ready, self.sequence, time.monotonic() + member.timeout_s, late)
         calls = {member.global_rank(p): self._call_of(p) for p in range(self._topology.world_size)}
         member.abandoned = max(call.abandoned for call in calls.values())
         error = verdict(calls)
@@ -130,7 +132,7 @@ class DispatchStage:
     # Sending ---------------------------------------------------------------------------------------------------
 
     def _post_node(self, slot: int, call: bytes) -> None:
-        header = self._member.header(_DISPATCH, self._sequence)
+        header = self.member.header(_DISPATCH, self.sequence)
         header.call = call
         frames: list[memoryview] = []
         if self._layout is not None:
@@ -146,10 +148,10 @@ class DispatchStage:
                 header.step = _WITH_CODES
                 header.tensors.add(dtype="uint8", shape=codes.shape)
                 frames.append(_flat(codes))
-        self.bytes_sent += self._member.send(self._topology.rail(self._topology.me, slot), header, frames)
+        self.bytes_sent += self.member.send(self._topology.rail(self._topology.me, slot), header, frames)
 
     def _post_neighbour(self, position: int, call: bytes) -> None:
-        region = self._member.buffers.recv(position, self._sequence % 2, self._topology.me)
+        region = self.member.buffers.recv(position, self.sequence, self._topology.me)
         rows = np.empty(0, np.int64)
         if self._layout is not None:
             rows = self._layout.rows_to[position]
@@ -169,9 +171,9 @@ class DispatchStage:
 
     def _publish(self, region: Region, num_rows: int, call: bytes, position: int) -> None:
         region.describe(num_rows, call)
-        self._member.session.page.barrier()
-        region.publish(self._member.flag(self._sequence))
-        self._member.buffers.wake(position)
+        self.member.session.page.barrier()
+        region.publish(self.member.flag(self.sequence))
+        self.member.buffers.wake(position)
 
     # Receiving -------------------------------------------------------------------------------------------------
 
@@ -180,14 +182,14 @@ class DispatchStage:
 
     def _arrive(self, source: int) -> bool:
         """Whether a member's part is here; takes it in, and passes it on where that is this rank's work."""
-        member = self._member
+        member = self.member
         if source in self._topology.relayed:
-            message = member.take(_DISPATCH, self._sequence, source)
+            message = member.take(_DISPATCH, self.sequence, source)
             if message is not None:
                 self.passed_on[source] = self._pass_on(source, message)
             return message is not None
-        region = member.buffers.recv(self._topology.me, self._sequence % 2, source)
-        if region.flag != member.flag(self._sequence):
+        region = member.buffers.recv(self._topology.me, self.sequence, source)
+        if region.flag != member.flag(self.sequence):
             return False
         self._arrived[source] = region
         return True
@@ -198,13 +200,13 @@ class DispatchStage:
         call = message.header.call
         has_ids = passed.codes is not None and Call.FromString(call).method == "dispatch"
         widths = [part.shape[1] for part in passed.parts]
-        room = self._member.buffers.layout.region_bytes
+        room = self.member.buffers.layout.region_bytes
         fits = payload_bytes(passed.num_rows, widths) <= room and len(call) <= MAX_CALL_BYTES
         for index, position in enumerate(self._topology.local):
             rows = passed.rows_of[position] = relay_rows(passed.codes, passed.num_rows, index)
             if position == self._topology.me or not fits:
                 continue
-            region = self._member.buffers.recv(position, self._sequence % 2, source)
+            region = self.member.buffers.recv(position, self.sequence, source)
             arrays = region.arrays(len(rows), widths)
             for array, part in zip(arrays, passed.parts, strict=True):
                 _take(part, rows, into=array)

@@ -10,22 +10,28 @@ What members called travels with the rows, so every rank sees every member's cal
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import torch
 
 from epmesh.communicator import Handle
 from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, PeerLost, StaleEpoch
 from epmesh.layout import Ints, Layout
-from epmesh_server.ranks.buffers import MAX_WORLD_SIZE
+from epmesh_server.ranks.buffers import MAX_WORLD_SIZE, Bytes
 from epmesh_server.ranks.calls import Call, describe
 from epmesh_server.ranks.combine import CombineStage
-from epmesh_server.ranks.dispatch import DispatchStage
+from epmesh_server.ranks.dispatch import IDS_AT, DispatchStage
 from epmesh_server.ranks.member import GroupMember
+from epmesh_server.ranks.tensors import as_rows, row_bytes
+
+_log = logging.getLogger(__name__)
 
 MAX_OPEN = 2
 
@@ -45,6 +51,28 @@ class ExchangeStats:
     combine_s: deque[float] = field(default_factory=lambda: deque(maxlen=1024))
 
 
+@dataclass(frozen=True)
+class Request:
+    """One dispatch as its caller means it.
+
+    Attributes:
+        tensors: ``[num_tokens, ...]`` each, on CPU; the third one of ``dispatch`` has the ids; in static mode the last
+            one has the row numbers.
+        make_layout: checks the tensors and decides where rows go; may refuse.
+        shape: makes what the caller gets of the received rows.
+        arguments: what must be the same on all ranks.
+        static_rows: T of static mode, or `None`.
+    """
+
+    method: str
+    tensors: Sequence[torch.Tensor]
+    make_layout: Callable[[], Layout]
+    shape: Callable[[list[torch.Tensor]], tuple[Any, ...]]
+    arguments: str
+    is_sequence_parallel: bool
+    static_rows: int | None = None
+
+
 @dataclass
 class Relayed:
     """Rows of a source on another node that this rank passed on, until their sums went back."""
@@ -58,16 +86,24 @@ class OpenExchange(Handle):
 
     Attributes:
         slot: which of the two `out` regions it uses.
-        layout: where this rank's rows went.
+        layout: where this rank's rows went; `None` where its input was refused.
         counts: rows received, by source position.
         relayed: by source position, what this rank passed on.
     """
 
-    def __init__(self, sequence: int, slot: int, layout: Layout, is_sequence_parallel: bool) -> None:
-        self._sequence = sequence
+    def __init__(
+        self, owner: Exchange, stage: DispatchStage, request: Request, layout: Layout | None, slot: int
+    ) -> None:
+        self._owner = owner
+        self._stage: DispatchStage | None = stage
+        self._request = request
+        self._sequence = stage.sequence
+        self._received: tuple[Any, ...] = ()
+        self._error: BaseException | None = None
+        self._slots: torch.Tensor | None = None  # static mode: where each received row is among the returned ones
+        self._layout = layout
         self.slot = slot
-        self.layout = layout
-        self.is_sequence_parallel = is_sequence_parallel
+        self.is_sequence_parallel = request.is_sequence_parallel
         self.counts: list[int] = []
         self.relayed: dict[int, Relayed] = {}
 
@@ -77,19 +113,76 @@ class OpenExchange(Handle):
         return self._sequence
 
     @property
-    def num_received(self) -> int:
-        """Rows this rank received."""
-        return sum(self.counts)
+    def layout(self) -> Layout:
+        """Where this rank's rows went."""
+        assert self._layout is not None  # a refusal was raised on all ranks
+        return self._layout
+
+    @property
+    def num_returned(self) -> int:
+        """Rows that the dispatch returned, and that a combine must bring."""
+        return sum(self.counts) if self._request.static_rows is None else len(self.counts) * self._request.static_rows
+
+    def wait(self) -> tuple[Any, ...]:
+        """The received rows, as ``dispatch`` returns them; the same again when called twice."""
+        with self._owner.turn():
+            self.settle()
+        return self._received
+
+    def settle(self) -> None:
+        """Waits for the dispatch and takes its rows in, once."""
+        if self._error is not None:
+            raise self._error
+        stage, self._stage = self._stage, None
+        if stage is None:
+            return
+        started = time.perf_counter()
+        try:
+            with Guard(stage.member, self._sequence, self._request.method):
+                stage.wait()
+                rows = stage.assemble()
+                stage.member.dispatched(self._sequence)
+        except BaseException as exc:
+            self._error = exc
+            self._owner.drop(self)
+            raise
+        self.counts = stage.counts
+        self.relayed = {source: Relayed(passed.num_rows, passed.rows_of) for source, passed in stage.passed_on.items()}
+        if self._request.static_rows is not None:
+            rows = self._spread(rows, self._request.static_rows)
+        self._received = self._request.shape(rows)
+        self._owner.count(stage, time.perf_counter() - started)
+
+    def compact(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The rows of `hidden_states` that were received, by source rank, then source row."""
+        return hidden_states if self._slots is None else hidden_states.index_select(0, self._slots)
+
+    def _spread(self, rows: list[torch.Tensor], static_rows: int) -> list[torch.Tensor]:
+        """Static mode: puts rows at source rank x T + source row; unused ones are 0, unused ids -1."""
+        *payload, source_rows = rows
+        sources = torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts))
+        self._slots = sources * static_rows + source_rows[:, 0].to(torch.int64)
+        spread = []
+        for index, tensor in enumerate(payload):
+            unused = -1 if self._request.method == "dispatch" and index == IDS_AT else 0
+            raw = torch.zeros((len(self.counts) * static_rows, row_bytes(tensor)), dtype=torch.uint8)
+            raw.fill_(0xFF if unused else 0)
+            raw.index_copy_(0, self._slots, torch.from_numpy(as_rows(tensor)))
+            spread.append(raw.view(-1).view(tensor.dtype).reshape(len(raw), *tensor.shape[1:]))
+        return spread
 
 
 class Exchange:
     """Runs the exchanges of one group on one rank: the object behind ``all2all_manager``."""
 
-    def __init__(self, member: GroupMember, stats: ExchangeStats | None = None) -> None:
+    def __init__(
+        self, member: GroupMember, stats: ExchangeStats, turn: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         """Starts with nothing open.
 
         Args:
-            stats: to go on counting in, when the set of ranks changed.
+            stats: to count in; it outlives changes of the set of ranks.
+            turn: keeps other threads out of the group while a handle is waited for.
 
         Raises:
             InvalidRequest: the group is too large.
@@ -97,7 +190,8 @@ class Exchange:
         if member.topology.world_size > MAX_WORLD_SIZE:
             raise InvalidRequest(f"a group of {member.topology.world_size}; at most {MAX_WORLD_SIZE} can exchange")
         self.member = member
-        self.stats = stats or ExchangeStats()
+        self.stats = stats
+        self.turn = turn
         self._last: OpenExchange | None = None  # what a plain combine is for
         self._open: dict[int, OpenExchange] = {}  # by slot
 
@@ -110,6 +204,7 @@ class Exchange:
         Raises:
             EpmeshError: the calls do not agree, the same error on all members.
         """
+        self._settle_all()
         sequence = self.member.begin()
         with Guard(self.member, sequence, call.method):
             stage = DispatchStage(self.member, sequence, [], None)
@@ -118,46 +213,38 @@ class Exchange:
             self.member.dispatched(sequence)
         return sequence, calls
 
-    def dispatch(
-        self,
-        method: str,
-        tensors: Sequence[torch.Tensor],
-        make_layout: Callable[[], Layout],
-        arguments: str,
-        is_sequence_parallel: bool,
-    ) -> tuple[OpenExchange, list[torch.Tensor]]:
-        """Sends rows out and takes rows in.
-
-        Args:
-            tensors: ``[num_tokens, ...]`` each, on CPU; for method ``dispatch`` the third one has the ids.
-            make_layout: checks the tensors and decides where rows go; may refuse.
-            arguments: what must be the same on all ranks.
-
-        Returns:
-            The open exchange, and the received rows of every tensor, by source rank, then source row.
-        """
-        started = time.perf_counter()
+    def dispatch(self, request: Request) -> tuple[Any, ...]:
+        """Sends rows out and takes rows in; the exchange becomes the one that a plain combine is for."""
         self.release()
+        started = time.perf_counter()
+        exchange = self.start(request)
+        self._last = exchange
+        exchange.settle()
+        self.stats.dispatch_s[-1] = time.perf_counter() - started
+        return exchange._received
+
+    def start(self, request: Request) -> OpenExchange:
+        """Sends rows out."""
         slot = self._free_slot()
         sequence = self.member.begin()
-        with Guard(self.member, sequence, method):
-            layout, call = self._plan(method, tensors, make_layout, arguments)
-            stage = DispatchStage(self.member, sequence, tensors, layout)
+        with Guard(self.member, sequence, request.method):
+            layout, call = self._plan(request)
+            stage = DispatchStage(self.member, sequence, request.tensors, layout)
             stage.post(call)
-            stage.wait()
-            outputs = stage.assemble()
-            self.member.dispatched(sequence)
-        assert layout is not None  # a refusal was raised by wait()
-        exchange = OpenExchange(sequence, slot, layout, is_sequence_parallel)
-        exchange.counts = stage.counts
-        exchange.relayed = {
-            source: Relayed(passed.num_rows, passed.rows_of) for source, passed in stage.passed_on.items()
-        }
-        self._open[slot] = self._last = exchange
+        exchange = self._open[slot] = OpenExchange(self, stage, request, layout, slot)
+        return exchange
+
+    def drop(self, exchange: OpenExchange) -> None:
+        """Forgets an exchange whose dispatch failed."""
+        self._open.pop(exchange.slot, None)
+        if self._last is exchange:
+            self._last = None
+
+    def count(self, stage: DispatchStage, seconds: float) -> None:
+        """Adds a dispatch to the statistics."""
         self.stats.bytes_sent += stage.bytes_sent
         self.stats.floor_bytes += stage.floor_bytes
-        self.stats.dispatch_s.append(time.perf_counter() - started)
-        return exchange, outputs
+        self.stats.dispatch_s.append(seconds)
 
     def combine(
         self,
@@ -174,6 +261,7 @@ class Exchange:
         """
         started = time.perf_counter()
         exchange = self._exchange_of(handle)
+        exchange.settle()
         stage = CombineStage(self.member, exchange, hidden_states)
         try:
             with Guard(self.member, exchange.sequence, "combine"):
@@ -189,10 +277,27 @@ class Exchange:
         self.stats.combine_s.append(time.perf_counter() - started)
         return result if output is None else output.copy_(result)
 
+    def combine_buffer(self, size: int) -> Bytes | None:
+        """Memory in which a plain combine reads its input in place, if `size` bytes fit and a dispatch is open."""
+        if self._last is None:
+            return None
+        payload = self.member.buffers.out(self.member.topology.me, self._last.slot).payload
+        return payload[:size] if size <= len(payload) else None
+
     def release(self) -> None:
         """Ends the last plain exchange if it was never combined."""
         if self._last is not None:
             self._close(self._last)
+
+    def _settle_all(self) -> None:
+        """Takes in what is under way before a third call is posted (see BufferLayout)."""
+        for exchange in list(self._open.values()):
+            try:
+                exchange.settle()
+            except _BROKEN:
+                raise
+            except EpmeshError:
+                _log.debug("sequence %d: its handle's wait() raises the error", exchange.sequence)
 
     def _close(self, exchange: OpenExchange) -> None:
         if self._open.get(exchange.slot) is exchange:
@@ -207,16 +312,14 @@ class Exchange:
                 return slot
         raise InvalidRequest(f"{MAX_OPEN} exchanges are open; combine one before the next dispatch")
 
-    def _plan(
-        self, method: str, tensors: Sequence[torch.Tensor], make_layout: Callable[[], Layout], arguments: str
-    ) -> tuple[Layout | None, Call]:
+    def _plan(self, request: Request) -> tuple[Layout | None, Call]:
         """This rank's layout and call; without a layout where its input is refused."""
         try:
-            layout = make_layout()
-            DispatchStage.check_room(layout, tensors, self.member)
-            return layout, describe(method, arguments)
+            layout = request.make_layout()
+            DispatchStage.check_room(layout, request.tensors, self.member)
+            return layout, describe(request.method, request.arguments)
         except EpmeshError as exc:
-            return None, describe(method, arguments, refusal=exc)
+            return None, describe(request.method, request.arguments, refusal=exc)
 
     def _exchange_of(self, handle: Handle | None) -> OpenExchange:
         exchange = self._last if handle is None else handle
