@@ -34,7 +34,7 @@ class TensorMeta(_message.Message):
     def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class FrameHeader(_message.Message):
-    __slots__ = ("mesh_id", "epoch", "group_id", "sequence", "kind", "source", "incarnation", "link_sequence", "step", "deadline_ms", "tensors", "call", "error")
+    __slots__ = ("mesh_id", "epoch", "group_id", "sequence", "kind", "source", "incarnation", "link_sequence", "step", "deadline_ms", "tensors", "call", "error", "with_targets")
     MESH_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,7 @@ class FrameHeader(_message.Message):
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    WITH_TARGETS_FIELD_NUMBER: _ClassVar[int]
     mesh_id: str
     epoch: int
     group_id: int
@@ -61,7 +62,8 @@ class FrameHeader(_message.Message):
     tensors: _containers.RepeatedCompositeFieldContainer[TensorMeta]
     call: bytes
     error: _error_pb2.Error
-    def __init__(self, mesh_id: _Optional[str] = ..., epoch: _Optional[int] = ..., group_id: _Optional[int] = ..., sequence: _Optional[int] = ..., kind: _Optional[_Union[FrameKind, str]] = ..., source: _Optional[int] = ..., incarnation: _Optional[int] = ..., link_sequence: _Optional[int] = ..., step: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., call: _Optional[bytes] = ..., error: _Optional[_Union[_error_pb2.Error, _Mapping]] = ...) -> None: ...
+    with_targets: bool
+    def __init__(self, mesh_id: _Optional[str] = ..., epoch: _Optional[int] = ..., group_id: _Optional[int] = ..., sequence: _Optional[int] = ..., kind: _Optional[_Union[FrameKind, str]] = ..., source: _Optional[int] = ..., incarnation: _Optional[int] = ..., link_sequence: _Optional[int] = ..., step: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., call: _Optional[bytes] = ..., error: _Optional[_Union[_error_pb2.Error, _Mapping]] = ..., with_targets: bool = ...) -> None: ...
 
 class CallDescriptor(_message.Message):
     __slots__ = ("method", "arguments", "tensors", "numbers", "refusal", "abandoned")

@@ -19,7 +19,6 @@ from epmesh_server.ranks.member import GroupMember
 from epmesh_server.ranks.tensors import as_rows, meta_of, row_bytes
 
 _DISPATCH = frame_pb2.FRAME_KIND_DISPATCH
-_WITH_CODES = 1  # a frame's step when its last tensor holds target codes
 IDS_AT = 2  # where `dispatch` has its ids among the row tensors
 
 
@@ -145,7 +144,7 @@ class DispatchStage:
             self.floor_bytes += sum(map(len, frames))
             codes = self._layout.codes_to_node[slot]
             if codes is not None:
-                header.step = _WITH_CODES
+                header.with_targets = True
                 header.tensors.add(dtype="uint8", shape=codes.shape)
                 frames.append(_flat(codes))
         self.bytes_sent += self.member.send(self._topology.rail(self._topology.me, slot), header, frames)
@@ -291,7 +290,7 @@ def _unpack(message: Message) -> _PassedOn:
             raise InvalidRequest(f"rank {message.header.source} sent tensors of different row counts")
         width = len(data) // num_rows if num_rows else 0
         arrays.append(np.frombuffer(data, np.uint8).reshape(num_rows, width))
-    codes = arrays.pop() if message.header.step == _WITH_CODES and arrays else None
+    codes = arrays.pop() if message.header.with_targets and arrays else None
     return _PassedOn(message, arrays, codes, num_rows, {})
 
 
