@@ -1,7 +1,7 @@
 """A rank in a process of its own, made of raw stubs; run as a module, driven by lines on stdin.
 
 ``write GROUP MEMBERSHIP_EPOCH TEXT`` writes into its own buffer of a group, ``hold SECONDS`` keeps the GIL for so
-long, ``leave`` leaves in good order. Each is answered by one line.
+long, ``error`` waits for the end of the session, ``leave`` leaves in good order. Each is answered by one line.
 """
 
 from __future__ import annotations
@@ -99,6 +99,8 @@ def main() -> None:
             elif words[0] == "hold":
                 ctypes.PyDLL(None).usleep(int(float(words[1]) * 1e6))  # PyDLL calls with the GIL held
                 _say("released")
+            elif words[0] == "error":
+                _say(next(one.error.message for one in stream if one.HasField("error")))
             elif words[0] == "leave":
                 requests.put(rank_service_pb2.RankSessionRequest(close=rank_service_pb2.CloseRank()))
                 requests.put(None)

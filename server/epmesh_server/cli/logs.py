@@ -19,8 +19,9 @@ class LogLevel(enum.StrEnum):
 def configure_logging(level: LogLevel, prefix: str = "") -> None:
     """Sends log lines to stderr: time, level, logger, text. `prefix` marks the lines of a supervised child."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s.%(msecs)03d {prefix}%(levelname)s %(name)s: %(message)s"))
-    handler.formatter.default_time_format = "%H:%M:%S"  # type: ignore[union-attr]
+    formatter = logging.Formatter(f"%(asctime)s {prefix}%(levelname)s %(name)s: %(message)s")
+    formatter.default_msec_format = "%s.%03d"
+    handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

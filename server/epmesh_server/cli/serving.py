@@ -10,6 +10,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from epmesh.errors import InvalidRequest
 from epmesh_server.cli.logs import LogLevel
@@ -71,15 +72,16 @@ def coordinate(options: CoordinatorOptions, supervisor: int | None) -> None:
 
     if supervisor is not None:
         die_with_parent(supervisor)
-    chosen = {"stride": options.stride, "min_nodes": options.min_nodes, "insecure": options.insecure or None}
+    stride: dict[str, Any] = {} if options.stride is None else {"stride": options.stride}
     settings = CoordinatorSettings(
         host=options.host,
         port=options.port,
         data_dir=options.directory,
-        **{name: value for name, value in chosen.items() if value is not None},
+        min_nodes=options.min_nodes,
+        insecure=options.insecure,
+        **stride,
     )
-    ready = _ready("coordinator")
-    asyncio.run(_until_signal(lambda stop: run_coordinator(settings, stop, ready)))
+    asyncio.run(_until_signal(lambda stop: run_coordinator(settings, stop, lambda _: None)))
 
 
 def address_beside(host: str, port: int) -> str:
@@ -96,10 +98,10 @@ def default_data_dir(port: int) -> Path:
 
 async def _serve(settings: NodeSettings, beside: CoordinatorOptions | None, stop: asyncio.Event) -> None:
     if beside is None:
-        await run_node(settings, stop, _ready("node"))
+        await run_node(settings, stop, _ready)
         return
     async with Supervisor(beside.command(), "coordinator") as supervisor:
-        node = asyncio.create_task(run_node(settings, stop, _ready("node")))
+        node = asyncio.create_task(run_node(settings, stop, _ready))
         failed = asyncio.create_task(supervisor.failed())
         try:
             await asyncio.wait((node, failed), return_when=asyncio.FIRST_COMPLETED)
@@ -119,5 +121,5 @@ async def _until_signal(run: Callable[[asyncio.Event], Awaitable[None]]) -> None
     await run(stop)
 
 
-def _ready(what: str) -> Callable[[str], None]:
-    return lambda address: _log.info("%s listens at %s", what, address)
+def _ready(address: str) -> None:
+    _log.info("node service listens at %s", address)

@@ -68,9 +68,10 @@ def _views(stub: discovery_service_pb2_grpc.DiscoveryServiceStub, first: View, a
 
 
 def _typed(error: grpc.RpcError, address: str) -> EpmeshError:
-    typed = from_rpc_error(error, f"no answer from {address}")
-    if isinstance(typed, DeadlineExceeded):
-        return MeshUnavailable(str(typed))
+    typed = from_rpc_error(error, address)
+    if isinstance(typed, MeshUnavailable | DeadlineExceeded):
+        reason = str(typed).rpartition("remote host: ")[2].removesuffix(" (UNAVAILABLE)")
+        return MeshUnavailable(f"nobody answers at {address} ({reason}); is `epmesh serve` running there?")
     return typed
 
 

@@ -118,7 +118,7 @@ def _experts(view: View, rank: int) -> str:
 
 
 def _warnings(view: View) -> list[str]:
-    lines = []
+    lines = [] if view.epoch else ["no view yet: the coordinator has not committed one, or is out of reach"]
     for layer, placement in _by_layer(view):
         missing = orphans(view, placement)
         if missing:

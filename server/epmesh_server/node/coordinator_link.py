@@ -21,7 +21,7 @@ from epmesh_server.node.registration import Identity, Registration
 from epmesh_server.node.rpc import CALL_TIMEOUT_S
 
 _log = logging.getLogger(__name__)
-_FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.05, 1.0
+_FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.05, 0.3
 _LOG_EVERY_S = 5.0
 _LEASE_CHECK_S = 0.1
 _LEASE_MARGIN_S = 0.25
@@ -290,11 +290,12 @@ class _Complaint:
             self._since = now
         elif now - self._logged < _LOG_EVERY_S:
             return
-        self._logged = now
-        _log.warning("coordinator at %s is out of reach, trying again (%s)", self._address, error)
+        first, self._logged = self._logged == 0, now
+        # At the very first try it may just be starting, as this node is.
+        _log.log(logging.INFO if first else logging.WARNING, "coordinator is away, trying again: %s", error)
 
     def over(self) -> None:
         """There is none any more."""
         if self._since is not None:
-            _log.info("coordinator at %s is back", self._address)
+            _log.info("coordinator at %s is there", self._address)
         self._since = None

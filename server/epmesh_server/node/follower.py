@@ -13,7 +13,7 @@ from epmesh.errors import StaleEpoch
 from epmesh.v1 import membership_service_pb2, view_pb2
 from epmesh.view import View
 from epmesh_server.node.buffers import BufferPool
-from epmesh_server.node.progress import evicted_ranks, is_member, lost_ranks, node_progress, past_cut
+from epmesh_server.node.progress import Member, evicted_ranks, is_member, lost_ranks, node_progress, past_cut
 from epmesh_server.node.ranks import LocalRank, RankTable
 from epmesh_server.node.store import KeyValueStore
 from epmesh_server.node.views import ViewBoard
@@ -97,7 +97,8 @@ class EpochFollower:
             return view
         self._stop_publishing()
         self._told = frozenset()
-        lost = lost_ranks(view, self.slot, self._table.members(), ())
+        self._table.forget_left(view)
+        lost = lost_ranks(view, self.slot, self._present(), ())
         for entry in self._table.all():
             entry.admitted = entry.admitted or is_member(view, *entry.member)
             entry.page.set_lost(lost)
@@ -124,10 +125,14 @@ class EpochFollower:
         self._pool.keep_only(None)
 
     def _show_lost(self) -> None:
-        lost = lost_ranks(self._board.view, self.slot, self._table.members(), self._told)
+        lost = lost_ranks(self._board.view, self.slot, self._present(), self._told)
         for entry in self._table.all():
             entry.page.set_lost(lost)
         self._wake()
+
+    def _present(self) -> frozenset[Member]:
+        """Ranks whose absence nobody's exchange is given up for: the living, and those that left in good order."""
+        return self._table.left().union(self._table.members())
 
     def _wake(self) -> None:
         for entry in self._table.all():

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from epmesh.errors import NotReady, from_rpc_error
+from epmesh.errors import from_rpc_error
 from epmesh.grpc_errors import abort
 from epmesh.v1 import group_service_pb2 as wire
 from epmesh.v1 import group_service_pb2_grpc
@@ -43,10 +43,8 @@ class Groups(group_service_pb2_grpc.GroupServiceServicer):
         return await self._forward(self._stub.SetExpertPlacement, request, context)
 
     async def ListGroups(self, request: wire.ListGroupsRequest, context: _Context) -> wire.ListGroupsResponse:
-        """The groups of the newest view known here; works while the coordinator is away."""
-        if self._board.message is None:
-            await abort(context, NotReady(f"there is no view yet; the coordinator is {self._coordinator}"))
-        return wire.ListGroupsResponse(groups=self._board.message.groups)
+        """The groups of the newest view known here, none before the first; works while the coordinator is away."""
+        return wire.ListGroupsResponse(groups=self._board.message.groups if self._board.message else ())
 
     async def _forward(
         self, call: Callable[..., Awaitable[_Response]], request: _Request, context: _Context

@@ -15,6 +15,7 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 _log = logging.getLogger(__name__)
+_MAX_BYTES = 1024  # also bounds the handshake itself
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
@@ -60,7 +61,7 @@ async def watch_process(context: zmq.asyncio.Context, endpoint: str, settings: L
 def _open(context: zmq.asyncio.Context, settings: LivenessSettings) -> zmq.asyncio.Socket:
     probe = context.socket(zmq.DEALER)
     probe.linger = 0
-    probe.maxmsgsize = 1
+    probe.maxmsgsize = _MAX_BYTES
     probe.rcvhwm = 1
     probe.reconnect_ivl = 50
     probe.heartbeat_ivl = _ms(settings.interval_s)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 from epmesh.errors import EpmeshError, InvalidRequest
 from epmesh.placement import MAX_EXPERTS
 from epmesh.v1 import membership_service_pb2, rank_service_pb2, view_pb2
-from epmesh_server.node.progress import Member
+from epmesh.view import View
+from epmesh_server.node.progress import Member, is_member
 from epmesh_server.shared_memory import ControlPage
 
 _log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class RankTable:
     def __init__(self) -> None:
         self.on_change: Callable[[], None] = lambda: None
         self._by_local: dict[int, LocalRank] = {}
+        self._left: set[Member] = set()
 
     def __len__(self) -> int:
         return len(self._by_local)
@@ -117,6 +119,8 @@ class RankTable:
         if self._by_local.get(entry.local_rank) is not entry:
             return False
         del self._by_local[entry.local_rank]
+        if entry.left and entry.admitted:
+            self._left.add(entry.member)
         self.on_change()
         return True
 
@@ -130,7 +134,18 @@ class RankTable:
 
     def report(self) -> membership_service_pb2.RankReport:
         """The complete list for the coordinator."""
-        return membership_service_pb2.RankReport(ranks=[entry.declaration for entry in self.all()])
+        report = membership_service_pb2.RankReport(ranks=[entry.declaration for entry in self.all()])
+        for rank, incarnation in sorted(self._left):
+            report.left.add(rank=rank, incarnation=incarnation)
+        return report
+
+    def left(self) -> frozenset[Member]:
+        """Global rank and incarnation of ranks that left in good order and may be in the committed view still."""
+        return frozenset(self._left)
+
+    def forget_left(self, view: View) -> None:
+        """Forgets ranks that left, once a view is without them."""
+        self._left = {member for member in self._left if is_member(view, *member)}
 
     def links(self) -> membership_service_pb2.LinkReport:
         """All links that the ranks hold for broken."""

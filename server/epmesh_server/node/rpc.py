@@ -26,8 +26,8 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     *_KEEPALIVE,
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 500),
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.min_reconnect_backoff_ms", 500),  # how long one try may take
+    ("grpc.max_reconnect_backoff_ms", 300),
 )
 _PERMISSIVE = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 100),

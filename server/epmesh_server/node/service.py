@@ -116,6 +116,7 @@ class Node:
             if following.done():
                 following.result()
         finally:
+            _log.info("node %s: stop.started", self._identity.node_id)
             # Ranks hear of it before the coordinator can commit anything without them.
             self._hosting.end_all(self._farewell())
             await self._link.leave(_LEAVE_S)
@@ -165,8 +166,7 @@ class Node:
     def _make_server(self, options: Sequence[tuple[str, int]], ranks: RankService) -> grpc.aio.Server:
         server = grpc.aio.server(options=options)
         rank_service_pb2_grpc.add_RankServiceServicer_to_server(ranks, server)
-        discovery = Discovery(self._board, waiting_for=f"the coordinator is {self._settings.coordinator}")
-        discovery_service_pb2_grpc.add_DiscoveryServiceServicer_to_server(discovery, server)
+        discovery_service_pb2_grpc.add_DiscoveryServiceServicer_to_server(Discovery(self._board), server)
         group_service_pb2_grpc.add_GroupServiceServicer_to_server(self._groups, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         return server

@@ -8,8 +8,6 @@ from typing import Any
 
 import grpc
 
-from epmesh.errors import NotReady
-from epmesh.grpc_errors import abort
 from epmesh.v1 import discovery_service_pb2, discovery_service_pb2_grpc, view_pb2
 from epmesh.view import View
 
@@ -61,19 +59,16 @@ class ViewBoard:
 class Discovery(discovery_service_pb2_grpc.DiscoveryServiceServicer):
     """DiscoveryService over a `ViewBoard`."""
 
-    def __init__(self, board: ViewBoard, *, waiting_for: str) -> None:
+    def __init__(self, board: ViewBoard) -> None:
         self._board = board
-        self._waiting_for = waiting_for
 
     async def GetView(
         self,
         request: discovery_service_pb2.GetViewRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> discovery_service_pb2.GetViewResponse:
-        """The newest view; `NotReady` before the first."""
-        if self._board.message is None:
-            await abort(context, NotReady(f"there is no view yet; {self._waiting_for}"))
-        return discovery_service_pb2.GetViewResponse(view=self._board.message)
+        """The newest view; epoch 0 before the first."""
+        return discovery_service_pb2.GetViewResponse(view=self._board.message or view_pb2.View())
 
     async def WatchViews(
         self,
