@@ -31,6 +31,7 @@ HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 200, 600
 RECONNECT_GRACE_S, CONNECT_GRACE_S = 0.3, 1.5
 MAX_INBOX_BYTES = 1 << 32
 _FOLLOWER_POLL_MS = 5
+_WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
 
 Key = tuple[int, int, int, int]  # kind, sequence, step, source
 Peer = tuple[int, str]  # global rank and link endpoint: a replacement has another endpoint
@@ -199,15 +200,15 @@ class LinkHub:
         socket = self._context.socket(zmq.DEALER)
         _configure(socket)
         socket.setsockopt(zmq.ROUTING_ID, f"{self.rank}:{self.incarnation:x}:{next(self._names)}".encode())
-        self._watcher.watch(peer, socket.get_monitor_socket())
+        self._watcher.watch(peer, socket.get_monitor_socket(_WATCHED))
         socket.connect(peer[1])
         self._dealers[peer] = socket
         return socket
 
     def _close_dealer(self, peer: Peer, linger_ms: int = 0) -> None:
         socket = self._dealers.pop(peer)
+        socket.disable_monitor()  # while the watcher still reads: ZeroMQ's I/O thread blocks on a monitor nobody reads
         self._watcher.unwatch(peer)
-        socket.disable_monitor()
         socket.close(linger=linger_ms)
 
     def _poller(self, fds: tuple[int, ...]) -> zmq.Poller:
