@@ -299,5 +299,6 @@ def _concatenate(like: torch.Tensor, num_rows: int, pieces: Sequence[Bytes]) -> 
     result = torch.empty((num_rows, *like.shape[1:]), dtype=like.dtype)
     if result.numel():
         into = as_rows(result)
-        np.concatenate(list(pieces), axis=0, out=into)
+        # A message without rows does not say how wide they are.
+        np.concatenate([piece for piece in pieces if len(piece)], axis=0, out=into)
     return result
