@@ -26,7 +26,7 @@ from epmesh.v1 import error_pb2 as epmesh_dot_v1_dot_error__pb2
 from epmesh.v1 import view_pb2 as epmesh_dot_v1_dot_view__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"epmesh/v1/membership_service.proto\x12\tepmesh.v1\x1a\x15\x65pmesh/v1/error.proto\x1a\x14\x65pmesh/v1/view.proto\"y\n\x13RegisterNodeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x11\n\x04slot\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x07\n\x05_slot\"t\n\x14RegisterNodeResponse\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0f\n\x07mesh_id\x18\x02 \x01(\t\x12\x0e\n\x06stride\x18\x03 \x01(\r\x12\x1c\n\x14heartbeat_interval_s\x18\x04 \x01(\x01\x12\x0f\n\x07lease_s\x18\x05 \x01(\x01\"g\n\x11\x45xpertDeclaration\x12\x12\n\x05layer\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0bnum_experts\x18\x02 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x03 \x03(\r\x12\x0e\n\x06linear\x18\x04 \x01(\x08\x42\x08\n\x06_layer\"\xad\x01\n\x0fRankDeclaration\x12\x1d\n\x04rank\x18\x01 \x01(\x0b\x32\x0f.epmesh.v1.Rank\x12\x12\n\nworld_size\x18\x02 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x03 \x01(\r\x12-\n\x07\x65xperts\x18\x04 \x03(\x0b\x32\x1c.epmesh.v1.ExpertDeclaration\x12\x1a\n\x12\x65xchange_timeout_s\x18\x05 \x01(\x01\"C\n\rGroupProgress\x12\x10\n\x08group_id\x18\x01 \x01(\r\x12\r\n\x05\x62\x65gun\x18\x02 \x01(\x04\x12\x11\n\tcompleted\x18\x03 \x01(\x04\"K\n\x0bLinkFailure\x12\x10\n\x08reporter\x18\x01 \x01(\r\x12\x0e\n\x06target\x18\x02 \x01(\r\x12\x1a\n\x12target_incarnation\x18\x03 \x01(\x04\"9\n\x05Hello\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\x1b\n\tHeartbeat\x12\x0e\n\x06number\x18\x01 \x01(\x04\"7\n\nRankReport\x12)\n\x05ranks\x18\x01 \x03(\x0b\x32\x1a.epmesh.v1.RankDeclaration\"6\n\nLinkReport\x12(\n\x08\x66\x61ilures\x18\x01 \x03(\x0b\x32\x16.epmesh.v1.LinkFailure\"E\n\x08Prepared\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12*\n\x08progress\x18\x02 \x03(\x0b\x32\x18.epmesh.v1.GroupProgress\"E\n\x08\x46inished\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12*\n\x08progress\x18\x02 \x03(\x0b\x32\x18.epmesh.v1.GroupProgress\"\x1a\n\tCommitted\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\xb9\x02\n\x12NodeSessionRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.epmesh.v1.HelloH\x00\x12)\n\theartbeat\x18\x02 \x01(\x0b\x32\x14.epmesh.v1.HeartbeatH\x00\x12&\n\x05ranks\x18\x03 \x01(\x0b\x32\x15.epmesh.v1.RankReportH\x00\x12&\n\x05links\x18\x04 \x01(\x0b\x32\x15.epmesh.v1.LinkReportH\x00\x12\'\n\x08prepared\x18\x05 \x01(\x0b\x32\x13.epmesh.v1.PreparedH\x00\x12\'\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x13.epmesh.v1.FinishedH\x00\x12)\n\tcommitted\x18\x07 \x01(\x0b\x32\x14.epmesh.v1.CommittedH\x00\x42\x08\n\x06report\",\n\x07Prepare\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nlost_ranks\x18\x02 \x03(\r\".\n\x08GroupCut\x12\x10\n\x08group_id\x18\x01 \x01(\r\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"w\n\x06\x46inish\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12!\n\x04\x63uts\x18\x02 \x03(\x0b\x32\x13.epmesh.v1.GroupCut\x12\r\n\x05\x61\x62ort\x18\x03 \x01(\x08\x12\x19\n\x11members_unchanged\x18\x04 \x01(\x08\x12\x11\n\ttimeout_s\x18\x05 \x01(\x01\"\'\n\x06\x43ommit\x12\x1d\n\x04view\x18\x01 \x01(\x0b\x32\x0f.epmesh.v1.View\"4\n\x0fRankIncarnation\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\"S\n\x05\x45vict\x12\x1f\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x10.epmesh.v1.Error\x12)\n\x05ranks\x18\x02 \x03(\x0b\x32\x1a.epmesh.v1.RankIncarnation\"\xdf\x01\n\x13NodeSessionResponse\x12)\n\theartbeat\x18\x01 \x01(\x0b\x32\x14.epmesh.v1.HeartbeatH\x00\x12%\n\x07prepare\x18\x02 \x01(\x0b\x32\x12.epmesh.v1.PrepareH\x00\x12#\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x11.epmesh.v1.FinishH\x00\x12#\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x11.epmesh.v1.CommitH\x00\x12!\n\x05\x65vict\x18\x05 \x01(\x0b\x32\x10.epmesh.v1.EvictH\x00\x42\t\n\x07\x63ommand2\xb6\x01\n\x11MembershipService\x12O\n\x0cRegisterNode\x12\x1e.epmesh.v1.RegisterNodeRequest\x1a\x1f.epmesh.v1.RegisterNodeResponse\x12P\n\x0bNodeSession\x12\x1d.epmesh.v1.NodeSessionRequest\x1a\x1e.epmesh.v1.NodeSessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"epmesh/v1/membership_service.proto\x12\tepmesh.v1\x1a\x15\x65pmesh/v1/error.proto\x1a\x14\x65pmesh/v1/view.proto\"y\n\x13RegisterNodeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x11\n\x04slot\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x07\n\x05_slot\"t\n\x14RegisterNodeResponse\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0f\n\x07mesh_id\x18\x02 \x01(\t\x12\x0e\n\x06stride\x18\x03 \x01(\r\x12\x1c\n\x14heartbeat_interval_s\x18\x04 \x01(\x01\x12\x0f\n\x07lease_s\x18\x05 \x01(\x01\"g\n\x11\x45xpertDeclaration\x12\x12\n\x05layer\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0bnum_experts\x18\x02 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x03 \x03(\r\x12\x0e\n\x06linear\x18\x04 \x01(\x08\x42\x08\n\x06_layer\"\xad\x01\n\x0fRankDeclaration\x12\x1d\n\x04rank\x18\x01 \x01(\x0b\x32\x0f.epmesh.v1.Rank\x12\x12\n\nworld_size\x18\x02 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x03 \x01(\r\x12-\n\x07\x65xperts\x18\x04 \x03(\x0b\x32\x1c.epmesh.v1.ExpertDeclaration\x12\x1a\n\x12\x65xchange_timeout_s\x18\x05 \x01(\x01\"C\n\rGroupProgress\x12\x10\n\x08group_id\x18\x01 \x01(\r\x12\r\n\x05\x62\x65gun\x18\x02 \x01(\x04\x12\x11\n\tcompleted\x18\x03 \x01(\x04\"K\n\x0bLinkFailure\x12\x10\n\x08reporter\x18\x01 \x01(\r\x12\x0e\n\x06target\x18\x02 \x01(\r\x12\x1a\n\x12target_incarnation\x18\x03 \x01(\x04\"9\n\x05Hello\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\x1b\n\tHeartbeat\x12\x0e\n\x06number\x18\x01 \x01(\x04\"a\n\nRankReport\x12)\n\x05ranks\x18\x01 \x03(\x0b\x32\x1a.epmesh.v1.RankDeclaration\x12(\n\x04left\x18\x02 \x03(\x0b\x32\x1a.epmesh.v1.RankIncarnation\"6\n\nLinkReport\x12(\n\x08\x66\x61ilures\x18\x01 \x03(\x0b\x32\x16.epmesh.v1.LinkFailure\"E\n\x08Prepared\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12*\n\x08progress\x18\x02 \x03(\x0b\x32\x18.epmesh.v1.GroupProgress\"E\n\x08\x46inished\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12*\n\x08progress\x18\x02 \x03(\x0b\x32\x18.epmesh.v1.GroupProgress\"\x1a\n\tCommitted\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\xb9\x02\n\x12NodeSessionRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.epmesh.v1.HelloH\x00\x12)\n\theartbeat\x18\x02 \x01(\x0b\x32\x14.epmesh.v1.HeartbeatH\x00\x12&\n\x05ranks\x18\x03 \x01(\x0b\x32\x15.epmesh.v1.RankReportH\x00\x12&\n\x05links\x18\x04 \x01(\x0b\x32\x15.epmesh.v1.LinkReportH\x00\x12\'\n\x08prepared\x18\x05 \x01(\x0b\x32\x13.epmesh.v1.PreparedH\x00\x12\'\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x13.epmesh.v1.FinishedH\x00\x12)\n\tcommitted\x18\x07 \x01(\x0b\x32\x14.epmesh.v1.CommittedH\x00\x42\x08\n\x06report\",\n\x07Prepare\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nlost_ranks\x18\x02 \x03(\r\".\n\x08GroupCut\x12\x10\n\x08group_id\x18\x01 \x01(\r\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"w\n\x06\x46inish\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12!\n\x04\x63uts\x18\x02 \x03(\x0b\x32\x13.epmesh.v1.GroupCut\x12\r\n\x05\x61\x62ort\x18\x03 \x01(\x08\x12\x19\n\x11members_unchanged\x18\x04 \x01(\x08\x12\x11\n\ttimeout_s\x18\x05 \x01(\x01\"\'\n\x06\x43ommit\x12\x1d\n\x04view\x18\x01 \x01(\x0b\x32\x0f.epmesh.v1.View\"4\n\x0fRankIncarnation\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\"S\n\x05\x45vict\x12\x1f\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x10.epmesh.v1.Error\x12)\n\x05ranks\x18\x02 \x03(\x0b\x32\x1a.epmesh.v1.RankIncarnation\"\xdf\x01\n\x13NodeSessionResponse\x12)\n\theartbeat\x18\x01 \x01(\x0b\x32\x14.epmesh.v1.HeartbeatH\x00\x12%\n\x07prepare\x18\x02 \x01(\x0b\x32\x12.epmesh.v1.PrepareH\x00\x12#\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x11.epmesh.v1.FinishH\x00\x12#\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x11.epmesh.v1.CommitH\x00\x12!\n\x05\x65vict\x18\x05 \x01(\x0b\x32\x10.epmesh.v1.EvictH\x00\x42\t\n\x07\x63ommand2\xb6\x01\n\x11MembershipService\x12O\n\x0cRegisterNode\x12\x1e.epmesh.v1.RegisterNodeRequest\x1a\x1f.epmesh.v1.RegisterNodeResponse\x12P\n\x0bNodeSession\x12\x1d.epmesh.v1.NodeSessionRequest\x1a\x1e.epmesh.v1.NodeSessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,31 +50,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEARTBEAT']._serialized_start=821
   _globals['_HEARTBEAT']._serialized_end=848
   _globals['_RANKREPORT']._serialized_start=850
-  _globals['_RANKREPORT']._serialized_end=905
-  _globals['_LINKREPORT']._serialized_start=907
-  _globals['_LINKREPORT']._serialized_end=961
-  _globals['_PREPARED']._serialized_start=963
-  _globals['_PREPARED']._serialized_end=1032
-  _globals['_FINISHED']._serialized_start=1034
-  _globals['_FINISHED']._serialized_end=1103
-  _globals['_COMMITTED']._serialized_start=1105
-  _globals['_COMMITTED']._serialized_end=1131
-  _globals['_NODESESSIONREQUEST']._serialized_start=1134
-  _globals['_NODESESSIONREQUEST']._serialized_end=1447
-  _globals['_PREPARE']._serialized_start=1449
-  _globals['_PREPARE']._serialized_end=1493
-  _globals['_GROUPCUT']._serialized_start=1495
-  _globals['_GROUPCUT']._serialized_end=1541
-  _globals['_FINISH']._serialized_start=1543
-  _globals['_FINISH']._serialized_end=1662
-  _globals['_COMMIT']._serialized_start=1664
-  _globals['_COMMIT']._serialized_end=1703
-  _globals['_RANKINCARNATION']._serialized_start=1705
-  _globals['_RANKINCARNATION']._serialized_end=1757
-  _globals['_EVICT']._serialized_start=1759
-  _globals['_EVICT']._serialized_end=1842
-  _globals['_NODESESSIONRESPONSE']._serialized_start=1845
-  _globals['_NODESESSIONRESPONSE']._serialized_end=2068
-  _globals['_MEMBERSHIPSERVICE']._serialized_start=2071
-  _globals['_MEMBERSHIPSERVICE']._serialized_end=2253
+  _globals['_RANKREPORT']._serialized_end=947
+  _globals['_LINKREPORT']._serialized_start=949
+  _globals['_LINKREPORT']._serialized_end=1003
+  _globals['_PREPARED']._serialized_start=1005
+  _globals['_PREPARED']._serialized_end=1074
+  _globals['_FINISHED']._serialized_start=1076
+  _globals['_FINISHED']._serialized_end=1145
+  _globals['_COMMITTED']._serialized_start=1147
+  _globals['_COMMITTED']._serialized_end=1173
+  _globals['_NODESESSIONREQUEST']._serialized_start=1176
+  _globals['_NODESESSIONREQUEST']._serialized_end=1489
+  _globals['_PREPARE']._serialized_start=1491
+  _globals['_PREPARE']._serialized_end=1535
+  _globals['_GROUPCUT']._serialized_start=1537
+  _globals['_GROUPCUT']._serialized_end=1583
+  _globals['_FINISH']._serialized_start=1585
+  _globals['_FINISH']._serialized_end=1704
+  _globals['_COMMIT']._serialized_start=1706
+  _globals['_COMMIT']._serialized_end=1745
+  _globals['_RANKINCARNATION']._serialized_start=1747
+  _globals['_RANKINCARNATION']._serialized_end=1799
+  _globals['_EVICT']._serialized_start=1801
+  _globals['_EVICT']._serialized_end=1884
+  _globals['_NODESESSIONRESPONSE']._serialized_start=1887
+  _globals['_NODESESSIONRESPONSE']._serialized_end=2110
+  _globals['_MEMBERSHIPSERVICE']._serialized_start=2113
+  _globals['_MEMBERSHIPSERVICE']._serialized_end=2295
 # @@protoc_insertion_point(module_scope)

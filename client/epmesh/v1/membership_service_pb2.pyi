@@ -99,10 +99,12 @@ class Heartbeat(_message.Message):
     def __init__(self, number: _Optional[int] = ...) -> None: ...
 
 class RankReport(_message.Message):
-    __slots__ = ("ranks",)
+    __slots__ = ("ranks", "left")
     RANKS_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
     ranks: _containers.RepeatedCompositeFieldContainer[RankDeclaration]
-    def __init__(self, ranks: _Optional[_Iterable[_Union[RankDeclaration, _Mapping]]] = ...) -> None: ...
+    left: _containers.RepeatedCompositeFieldContainer[RankIncarnation]
+    def __init__(self, ranks: _Optional[_Iterable[_Union[RankDeclaration, _Mapping]]] = ..., left: _Optional[_Iterable[_Union[RankIncarnation, _Mapping]]] = ...) -> None: ...
 
 class LinkReport(_message.Message):
     __slots__ = ("failures",)

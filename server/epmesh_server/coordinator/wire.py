@@ -70,7 +70,8 @@ def _heartbeat(session: int, request: pb.NodeSessionRequest) -> Report:
 def _ranks(session: int, request: pb.NodeSessionRequest) -> Report:
     if len(request.ranks.ranks) > MAX_REPORTED_RANKS:
         raise InvalidRequest(f"a node reports {len(request.ranks.ranks)} ranks; at most {MAX_REPORTED_RANKS} exist")
-    return ReportRanks(session, tuple(map(_declaration, request.ranks.ranks)))
+    left = frozenset((key.rank, key.incarnation) for key in request.ranks.left[:MAX_REPORTED_RANKS])
+    return ReportRanks(session, tuple(map(_declaration, request.ranks.ranks)), left)
 
 
 def _links(session: int, request: pb.NodeSessionRequest) -> Report:

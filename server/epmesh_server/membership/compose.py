@@ -26,6 +26,7 @@ class Draft:
     Attributes:
         members: the view's processes with their modes.
         lost: ranks of the last view whose process is in this one no more, ascending.
+        dead: those of them that did not leave in good order.
         members_unchanged: whether the set of processes and their modes stays the same.
         changed: whether there is anything to commit.
         done: operations that are carried out with it.
@@ -38,6 +39,7 @@ class Draft:
     tensor_parallel_size: int
     members: frozenset[Member]
     lost: tuple[int, ...]
+    dead: tuple[int, ...]
     members_unchanged: bool
     changed: bool
     next_group_id: int
@@ -85,10 +87,13 @@ def compose(
     placements = _placements(base, ranks, wishes)
     members = frozenset((known.info.rank, known.info.incarnation, known.info.mode) for known in ranks.values())
     shape = (infos, groups, placements, size)
+    lost = tuple(rank for rank, info in base.ranks.items() if not _lives(ranks.get(rank), info.incarnation))
+    left = frozenset().union(*(node.left for node in nodes))
     return Draft(
         *shape,
         members=members,
-        lost=tuple(rank for rank, info in base.ranks.items() if not _lives(ranks.get(rank), info.incarnation)),
+        lost=lost,
+        dead=tuple(rank for rank in lost if (rank, base.ranks[rank].incarnation) not in left),
         members_unchanged=members == members_of(base),
         changed=bool(base.epoch or nodes or done) and shape != _shape(base),
         next_group_id=wishes.next_group_id,

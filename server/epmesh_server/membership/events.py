@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from epmesh.placement import Placement
-from epmesh_server.membership.declarations import GroupProgress, LinkFailure, RankDeclaration, Registration
+from epmesh_server.membership.declarations import GroupProgress, LinkFailure, RankDeclaration, RankKey, Registration
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,11 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class ReportRanks:
-    """All living ranks of a node."""
+    """All living ranks of a node, and those of the last view that left in good order."""
 
     session: int
     ranks: tuple[RankDeclaration, ...]
+    left: frozenset[RankKey] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,6 +139,8 @@ class Membership:
             self._bury(known)
         if known is None or known.registration != wanted:
             self._out.append(Append((NodeRegistered(wanted, slot),)))
+        if known is not None and known.registration.identity == wanted.identity:
+            self._welcome_back(known)
         self._nodes.admit(slot, wanted, self._now)
         self._out.append(Reply(event.call, NodeGranted(slot)))
 
@@ -168,8 +170,7 @@ class Membership:
             return
         if node.session is not None:
             self._out.append(EndSession(node.session, StaleEpoch(self.view.epoch, "a newer session took its place")))
-        if node.status is NodeStatus.DEAD and self._rounds.may_return(node):
-            self._welcome_back()
+        self._welcome_back(node)
         joins = node.status in (NodeStatus.REGISTERED, NodeStatus.DEAD)
         self._nodes.open(node, event.session, self._now)
         if 0 < self.view.epoch != event.epoch:
@@ -219,7 +220,7 @@ class Membership:
         self._nodes.renew(node, self._now)
         match event:
             case ReportRanks():
-                self._report_ranks(node, event.ranks)
+                self._report_ranks(node, event.ranks, event.left)
             case ReportLinks():
                 self._report_links(node, event)
             case Prepared():
@@ -238,25 +239,26 @@ class Membership:
                 node.grace_until = max(node.grace_until, self._now + self._settings.answer_timeout_s)
         self._rounds.stalled(self._now)
 
-    def _welcome_back(self) -> None:
-        """A node of the last view comes back that was dead here, but was never said to be: too few were left.
+    def _welcome_back(self, node: Node) -> None:
+        """Forgives everybody where a node comes back that was dead here and was never said to be: too few were left.
 
-        So it was this coordinator that was cut off; the others have a lease of grace to come back too.
+        So it was this coordinator that was cut off, and the others have a lease of grace to come back too.
         """
-        for node in self._nodes:
-            if node.status is NodeStatus.DEAD and not node.orderly and self._rounds.may_return(node):
-                ranks = self._rounds.committed_ranks(node.slot)
-                self._nodes.forgive(node, ranks, self._now)
+        if node.status is not NodeStatus.DEAD or not self._rounds.may_return(node):
+            return
+        for other in self._nodes:
+            if other.status is NodeStatus.DEAD and not other.orderly and self._rounds.may_return(other):
+                self._nodes.forgive(other, self._rounds.committed_ranks(other.slot), self._now)
 
     # Ranks -------------------------------------------------------------------------------------------------------
 
-    def _report_ranks(self, node: Node, declared: tuple[RankDeclaration, ...]) -> None:
+    def _report_ranks(self, node: Node, declared: tuple[RankDeclaration, ...], left: frozenset[RankKey]) -> None:
         listed = {rank.info.rank: rank for rank in declared}
         keys = frozenset(rank.key for rank in listed.values())
+        node.listed, node.left = keys, left - keys
         for known in list(node.ranks.values()):
             if known.key not in keys:
                 self._lose(node, known.key)
-        node.listed = keys
         for rank in listed.values():
             self._accept(node, rank)
         self._nodes.settle(node)

@@ -38,6 +38,7 @@ class Node:
         orderly: whether it left by itself.
         ranks: living ranks that were accepted.
         listed: every process of its last report, accepted or not.
+        left: ranks of the last view that left in good order.
         links: the links its ranks hold for broken.
         gone: processes that left or were refused, and stay out.
         told: those of them that this session was told about.
@@ -53,6 +54,7 @@ class Node:
     queued: bool = False
     ranks: dict[int, RankDeclaration] = field(default_factory=dict)
     listed: frozenset[RankKey] = frozenset()
+    left: frozenset[RankKey] = frozenset()
     links: tuple[LinkFailure, ...] = ()
     gone: Remembered = field(default_factory=Remembered)
     told: set[RankKey] = field(default_factory=set)
@@ -229,7 +231,7 @@ class NodeTable:
         self.close(node)
         self.settle(node)
         node.status = NodeStatus.DEAD
-        node.ranks, node.listed, node.links = {}, frozenset(), ()
+        node.ranks, node.listed, node.left, node.links = {}, frozenset(), frozenset(), ()
 
     def renew(self, node: Node, now: float) -> None:
         """A sign of life."""

@@ -241,14 +241,14 @@ class Rounds:
         self._used_epoch += 1
         self._next_group_id = draft.next_group_id
         self._out.append(Append((EpochUsed(self._used_epoch, self._next_group_id),)))
-        self._said_lost.update(map(self._key, draft.lost))
+        self._said_lost.update(map(self._key, draft.dead))
         waiting = {node.slot for node in draft.nodes}
         deadline = now + self._settings.answer_s(len(waiting))
         self._round = Round(self._used_epoch, draft, Phase.PREPARING, waiting, deadline)
         self._tell(self._prepare(self._round), waiting)
 
     def _prepare(self, running: Round) -> Prepare:
-        return Prepare(running.epoch, running.draft.lost)
+        return Prepare(running.epoch, running.draft.dead)
 
     def _enter_finishing(self, running: Round, now: float) -> None:
         running.cuts = {group.group_id: group.sequence for group in self.view.groups}
@@ -258,7 +258,7 @@ class Rounds:
         # However often it is tried again, a commit never holds the data plane longer than this.
         if self._finish_by is None:
             self._finish_by = now + self._wait_s()
-        timeout_s = 0.0 if running.draft.lost else max(0.0, self._finish_by - now)
+        timeout_s = 0.0 if running.draft.dead else max(0.0, self._finish_by - now)
         running.phase = Phase.FINISHING
         running.waiting = {node.slot for node in running.draft.nodes}
         running.progress = {}
@@ -272,7 +272,7 @@ class Rounds:
 
     def _finish(self, running: Round, timeout_s: float) -> Finish:
         cuts = tuple(sorted(running.cuts.items()))
-        return Finish(running.epoch, cuts, bool(running.draft.lost), running.draft.members_unchanged, timeout_s)
+        return Finish(running.epoch, cuts, bool(running.draft.dead), running.draft.members_unchanged, timeout_s)
 
     def _commit(self, running: Round, now: float) -> None:
         base, draft = self.view, running.draft

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
@@ -13,12 +14,14 @@ from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable
 from epmesh.grpc_errors import abort
 from epmesh.v1 import rank_service_pb2 as wire
 from epmesh.v1 import rank_service_pb2_grpc
+from epmesh_server.node.progress import is_member
 from epmesh_server.node.ranks import LocalRank
 from epmesh_server.node.views import ViewBoard
 
 _log = logging.getLogger(__name__)
 _OPEN_WITHIN_S = 10.0
 _LAST_WORD_S = 0.5
+_DEPART_WITHIN_S = 5.0
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -98,8 +101,19 @@ class RankService(rank_service_pb2_grpc.RankServiceServicer):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             entry.release()
-        if not entry.left:
+        if entry.left:
+            await self._departed(entry)
+        else:
             await _last_word(entry, context)
+
+    async def _departed(self, entry: LocalRank) -> None:
+        """Until no view has the rank, so that its links stay up for what its peers still finish."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DEPART_WITHIN_S if entry.admitted else 0):
+                view = self._board.view
+                while view is not None and is_member(view, *entry.member):
+                    await self._board.newer_than(view.epoch)
+                    view = self._board.view
 
     async def _tell(self, entry: LocalRank, context: _Context) -> None:
         opened = wire.RankOpened(rank=entry.rank, local_rank=entry.local_rank, token=entry.token)

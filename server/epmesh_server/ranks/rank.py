@@ -60,8 +60,8 @@ class RankProcess:
         for communicator in rest:
             communicator.destroy()
         if name == "ep":
+            self.session.close()  # first: peers need the links until a view is without this rank
             self.hub.close()
-            self.session.close()
 
     def create_group(self, request_id: str, name: str, ranks: list[int]) -> None:
         """Asks for a group, and waits until its view is here."""

@@ -26,6 +26,7 @@ from epmesh_server.shared_memory import ControlPage
 _log = logging.getLogger(__name__)
 
 RPC_TIMEOUT_S = 2.0
+_LEAVE_WITHIN_S = 6.0
 _MAX_DATAGRAM, _MAX_DESCRIPTORS = 65_536, 253
 CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 500),
@@ -175,7 +176,7 @@ class RankSession:
         self._closing = True
         self._requests.put(rank_service_pb2.RankSessionRequest(close=rank_service_pb2.CloseRank()))
         self._requests.put(None)
-        self._thread.join(RPC_TIMEOUT_S)
+        self._thread.join(_LEAVE_WITHIN_S)  # the stream ends once no view has this rank
         self._hang_up()
         self.page.close()
         os.close(self.wake_fd)
