@@ -262,10 +262,19 @@ class RawRank:
         self._fds: list[int] = []
         self._wake_fd = -1
 
-    async def open(self, local_rank: int | None = None, incarnation: int = 7, link_endpoint: str = "") -> None:
+    async def open(
+        self,
+        local_rank: int | None = None,
+        incarnation: int = 7,
+        link_endpoint: str = "",
+        experts: dict[str, Any] | None = None,
+    ) -> None:
         """Opens the session; raises what the node answers."""
+        declared = [membership_service_pb2.ExpertDeclaration(**experts)] if experts else []
         request = rank_service_pb2.OpenRank(
-            local_rank=local_rank, pid=os.getpid(), declaration=declaration(incarnation, link_endpoint)
+            local_rank=local_rank,
+            pid=os.getpid(),
+            declaration=declaration(incarnation, link_endpoint, experts=declared),
         )
         await self.send(open=request)
         self.opened = (await self.notice("opened")).opened
@@ -291,6 +300,13 @@ class RawRank:
         while True:
             view = (await self.notice("view")).view
             if view.epoch >= epoch:
+                return view
+
+    async def view_with(self, rank: int) -> view_pb2.View:
+        """A view that has a rank."""
+        while True:
+            view = (await self.notice("view")).view
+            if any(one.rank == rank for node in view.nodes for one in node.ranks):
                 return view
 
     async def page(self) -> ControlPage:

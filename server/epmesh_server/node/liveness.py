@@ -50,7 +50,7 @@ async def watch_process(context: zmq.asyncio.Context, endpoint: str, settings: L
         while True:
             await _event(monitor, zmq.EVENT_DISCONNECTED)
             if not await _shakes_hands(monitor, settings.grace_s):
-                return f"its process is stopped: no heartbeat for {settings.timeout_s + settings.grace_s:.1f} s"
+                return f"its process is stopped or gone: no heartbeat for {settings.timeout_s + settings.grace_s:.1f} s"
             _log.info("liveness.%s back after an interruption", endpoint)
     finally:
         probe.disable_monitor()
