@@ -385,6 +385,7 @@ class JoinedCommunicator(Communicator):
             self._checked("create_group", lambda: args.check_new_group(name, wanted, self.ranks))
             request_id = self._agree("create_group", f"name={name} ranks={wanted}")
             self._rank_process.create_group(request_id, name, wanted)
+            self._member.adopt_change()
         return self._rank_process.communicator(name) if self.global_rank in wanted else None
 
     def destroy_group(self, name: str) -> None:
@@ -392,6 +393,7 @@ class JoinedCommunicator(Communicator):
             self._checked("destroy_group", lambda: args.check_group_name(name))
             request_id = self._agree("destroy_group", f"name={name}")
             self._rank_process.destroy_group(request_id, name)
+            self._member.adopt_change()
 
     def set_expert_placement(
         self, num_experts: int, experts: Iterable[int] | None = None, layer: int | None = None
@@ -408,6 +410,7 @@ class JoinedCommunicator(Communicator):
             removed = self._load_added(placement, layer)
             request_id = self._agree("set_expert_placement", "loaded")
             self._rank_process.set_placement(request_id, placement, layer)
+            self._member.adopt_change()
             if removed and self._rank_process.load is not None:
                 self._rank_process.load((), removed)
 

@@ -98,6 +98,12 @@ class GroupMember:
                 raise MeshUnavailable(f"no commit of epoch {self.session.page.fence} within {self.timeout_s:g} s")
             self._sleep(_FENCE_POLL_S)
 
+    def adopt_change(self) -> None:
+        """Adopts the newest view at the end of a collective change, so that its caller sees what it asked for."""
+        newest = self.session.view
+        if newest is not None and newest.epoch > self.view.epoch:
+            self._adopt_or_raise(newest)
+
     def dispatched(self, sequence: int) -> None:
         """The first half of an exchange is done."""
         self.row.dispatched = max(self.row.dispatched, sequence)
