@@ -41,11 +41,16 @@ class Agreement:
         return next(iter(self._tensor_parallel), 0)
 
     def check(
-        self, rank: RankDeclaration, placements: Mapping[int | None, Placement], is_alive: Callable[[int], bool]
+        self, rank: RankDeclaration, placements: Mapping[int | None, Placement], survives: Callable[[int], bool]
     ) -> None:
         """Refuses a rank that contradicts itself, the committed placements or living ranks.
 
-        A placement without a living holder binds nobody: the mesh starts anew with another model.
+        A placement none of whose holders survived binds nobody: the mesh may start anew with another model.
+
+        Args:
+            rank: who wants to join.
+            placements: of the last view.
+            survives: whether the process that the last view has behind a global rank lives.
 
         Raises:
             InvalidRequest: naming both values.
@@ -56,7 +61,7 @@ class Agreement:
             raise InvalidRequest(f"rank {rank.info.rank} declares the experts of one layer twice; declare them once")
         for declared in rank.experts:
             _check_experts(rank.info.rank, declared)
-            expected = self._expected(declared.layer, placements, is_alive)
+            expected = self._expected(declared.layer, placements, survives)
             if expected is not None and expected != declared.num_experts:
                 raise InvalidRequest(
                     f"rank {rank.info.rank} declares num_experts={declared.num_experts} for {_name(declared.layer)}, "
@@ -79,10 +84,10 @@ class Agreement:
             )
 
     def _expected(
-        self, layer: int | None, placements: Mapping[int | None, Placement], is_alive: Callable[[int], bool]
+        self, layer: int | None, placements: Mapping[int | None, Placement], survives: Callable[[int], bool]
     ) -> int | None:
         placement = placements.get(layer)
-        if placement is not None and any(map(is_alive, placement.experts_of)):
+        if placement is not None and any(map(survives, placement.experts_of)):
             return placement.num_experts
         return next(iter(self._num_experts.get(layer, ())), None)
 

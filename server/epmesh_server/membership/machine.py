@@ -287,7 +287,12 @@ class Membership:
                 f"its ranks are {node.slot * stride} to {node.slot * stride + stride - 1}: start at most {stride} "
                 f"ranks on a node, or the coordinator with a larger --stride"
             )
-        self._agreement.check(rank, self.view.placements, lambda other: self._nodes.rank(other) is not None)
+        self._agreement.check(rank, self.view.placements, self._survives)
+
+    def _survives(self, number: int) -> bool:
+        """Whether the process that the last view has behind a rank lives."""
+        info = self.view.ranks.get(number)
+        return info is not None and self._lives(number, info.incarnation)
 
     def _refuse(self, node: Node, key: RankKey, error: EpmeshError) -> None:
         if node.ranks.pop(key[0], None) is not None:
