@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from epmesh import errors, frames
-from epmesh.v1 import error_pb2
+from epmesh.v1 import error_pb2, frame_pb2
 from epmesh_server.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +46,10 @@ def test_wire_page_has_the_limits_and_dtypes_of_the_code() -> None:
     assert f"| bytes of a tensor | {frames.MAX_TENSOR_BYTES >> 30} GiB |" in WIRE
     (dtypes,) = re.findall(r"^Dtypes carry torch's names: (.*?)\.$", WIRE, re.MULTILINE | re.DOTALL)
     assert re.findall(r"`(\w+)`", dtypes) == list(frames.ITEM_BYTES)
+
+
+def test_wire_page_explains_every_field_of_a_frame() -> None:
+    assert [field.name for field in frame_pb2.FrameHeader.DESCRIPTOR.fields if f"`{field.name}`" not in WIRE] == []
 
 
 def test_wire_page_names_every_service() -> None:
