@@ -1,4 +1,4 @@
-"""The README's program and its by-hand commands do what the README says."""
+"""The programs and by-hand commands on the pages do what the pages say."""
 
 from __future__ import annotations
 
@@ -77,3 +77,13 @@ def test_status_shows_both_nodes(nodes: tuple[str, str]) -> None:
         done = subprocess.run([*EPMESH, "status", nodes[0], "--json"], capture_output=True, timeout=30, check=True)
         shown = json.loads(done.stdout)
     assert {node["address"] for node in shown["nodes"]} == set(nodes)
+
+
+def test_the_test_kit_program_prints_what_its_comment_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "getting-started.md").read_text()
+    (block,) = [code for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "LocalMesh" in code]
+    (expected,) = re.findall(r"print\(.*# (.*)", block)
+    program = tmp_path / "total.py"
+    program.write_text(block)
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
