@@ -17,14 +17,14 @@ from typing import Any, Self
 
 import grpc
 
-from epmesh.errors import InvalidRequest, MeshUnavailable, PeerLost, from_rpc_error
+from epmesh.errors import InvalidRequest, MeshUnavailable, NotReady, PeerLost, from_rpc_error
 from epmesh.v1 import discovery_service_pb2, discovery_service_pb2_grpc
 from epmesh.view import View
 from epmesh_server.coordinator import CoordinatorSettings
 from epmesh_server.node.settings import DEFAULT_BUFFER_BYTES, NodeSettings
 from epmesh_server.testing.children import HOST, Child, Port, answers, ask, end_all
 from epmesh_server.testing.entry import remove_when_owner_ends
-from epmesh_server.testing.messages import Bound, GetReady, Join, Raised, Ready, Result, Work
+from epmesh_server.testing.messages import Bound, GetReady, Join, NotYet, Raised, Ready, Result, Work
 from epmesh_server.testing.rank_runner import RankSettings, rank_main
 from epmesh_server.testing.services import coordinator_main, node_main
 from epmesh_server.testing.worker import Worker
@@ -201,19 +201,19 @@ class LocalMesh:
 
     def _ready_ranks(self) -> tuple[dict[int, Child], int]:
         """The living ranks, all in the same view, and its membership epoch."""
-        epoch = 0
-        deadline = time.monotonic() + self._timeout_s
-        while True:
-            children = self._living()
+        epoch, deadline = 0, time.monotonic() + self._timeout_s
+        while children := self._living():
             timeout_s = max(0.0, deadline - time.monotonic())
             ready = ask(children, GetReady(frozenset(children), epoch, timeout_s))
             _raise_first(ready)
             epochs = {answer.membership_epoch for answer in ready.values() if isinstance(answer, Ready)}
-            if len(epochs) == 1 and None not in ready.values():
+            if len(epochs) == 1 and all(isinstance(answer, Ready) for answer in ready.values()):
                 return children, epochs.pop()
-            if not epochs:
-                raise MeshUnavailable("no rank of this LocalMesh is alive; start a node")
-            epoch = max(epochs)
+            if timeout_s == 0:
+                seen = [f"rank {rank} sees {each.text}" for rank, each in ready.items() if isinstance(each, NotYet)]
+                raise NotReady(f"ranks {sorted(children)} are alive, but have no view in common: {'; '.join(seen)}")
+            epoch = max(epochs, default=0)
+        raise MeshUnavailable("no rank of this LocalMesh is alive; start a node")
 
     def _living(self) -> dict[int, Child]:
         with self._lock:

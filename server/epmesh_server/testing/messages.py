@@ -41,6 +41,13 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class NotYet:
+    """The rank is not in such a view so far; `text` says what it sees. The owner asks again: others may have to act."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Work:
     """A rank shall call the pickled ``(work, args)``; `path` is where the owner finds modules."""
 

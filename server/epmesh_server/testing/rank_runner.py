@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
-
 import epmesh
-from epmesh.errors import MeshUnavailable, NotReady, StaleEpoch
+from epmesh.errors import InvalidRequest, MeshUnavailable, StaleEpoch
 from epmesh.view import View
-from epmesh_server.testing.messages import GetReady, Join, Raised, Ready, Result, Work
+from epmesh_server.testing.messages import GetReady, Join, NotYet, Raised, Ready, Result, Work
 
 _POLL_S = 0.005
+_PATIENCE_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +35,8 @@ class RankSettings:
 
 def rank_main(pipe: Connection[Any, Any], settings: RankSettings) -> None:
     """Answers each message of the owner with one of its own, until the owner is gone."""
+    import torch  # here, not above: the owner needs this module and no torch
+
     torch.set_num_threads(1)  # the ranks of one machine share its cores
     runner = RankRunner(settings)
     while True:
@@ -89,15 +90,15 @@ class RankRunner:
         )
         return self._comm
 
-    def _get_ready(self, message: GetReady) -> Ready:
+    def _get_ready(self, message: GetReady) -> Ready | NotYet:
         deadline = time.monotonic() + message.timeout_s
+        patient_until = min(deadline, time.monotonic() + _PATIENCE_S)
         while True:
             view = self._adopt(message, deadline)
             if set(view.ranks) == message.ranks and view.membership_epoch >= message.membership_epoch:
                 return Ready(view.membership_epoch)
-            if time.monotonic() > deadline:
-                alive, seen = sorted(message.ranks), sorted(view.ranks)
-                raise NotReady(f"ranks {alive} are alive, but epoch {view.epoch} has {seen}")
+            if time.monotonic() >= patient_until:
+                return NotYet(f"epoch {view.epoch} with ranks {sorted(view.ranks)}")
             time.sleep(_POLL_S)
 
     def _adopt(self, message: GetReady, deadline: float) -> View:
@@ -106,7 +107,7 @@ class RankRunner:
         if self._comm is not None:
             try:
                 return self._comm.wait_ready(remaining_s)[0]
-            except (MeshUnavailable, StaleEpoch):
+            except (InvalidRequest, MeshUnavailable, StaleEpoch):  # the first: work destroyed it
                 if time.monotonic() > deadline:
                     raise
         return self._rejoin(len(message.ranks), max(_POLL_S, deadline - time.monotonic())).view
