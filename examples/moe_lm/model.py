@@ -118,7 +118,7 @@ class MoeLanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size)
-        self.reset_turns()
+        self.register_buffer("_turns", rotary_turns(config), persistent=False)  # not stored with the weights
         self._initialise()
 
     def forward(
@@ -158,10 +158,6 @@ class MoeLanguageModel(nn.Module):
         """Replace what this process holds, one `Experts` per layer (for a rank: only its own)."""
         for block, share in zip(self.layers, shares, strict=True):
             block.experts = share
-
-    def reset_turns(self) -> None:
-        """Recompute the positions' table, which is not stored with the weights."""
-        self.register_buffer("_turns", rotary_turns(self.config), persistent=False)
 
     def _mix_experts(self, layer: int, x: Tensor, present: Tensor, routings: list[Routing] | None) -> Tensor:
         block = self.layers[layer]
@@ -203,10 +199,13 @@ def _masked(present: Tensor, start: int) -> Tensor:
 
 
 def rotary_turns(config: MoeConfig) -> Tensor:
-    """Cosines and sines, fp32 `[context, 2, head_size / 2]`, by which each position turns queries and keys (RoPE)."""
+    """Cosines and sines, fp32 `[context, 2, head_size / 2]`, by which each position turns queries and keys (RoPE).
+
+    On the CPU, also where a model is made on the meta device.
+    """
     half = config.hidden_size // config.num_heads // 2
-    speed = 10_000.0 ** (-torch.arange(half) / half)
-    angle = torch.outer(torch.arange(config.context), speed)
+    speed = 10_000.0 ** (-torch.arange(half, device="cpu") / half)
+    angle = torch.outer(torch.arange(config.context, device="cpu"), speed)
     return torch.stack([angle.cos(), angle.sin()], dim=1)
 
 

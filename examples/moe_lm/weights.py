@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .experts import ExpertBackend, Experts
 from .model import MoeConfig, MoeLanguageModel
@@ -38,11 +39,10 @@ def load(
         backend: where experts run; None is `LocalExperts`, which needs all of them.
     """
     config = load_config(path)
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialisation():
         model = MoeLanguageModel(config, backend)
     model.set_experts(load_experts_share(path, range(config.num_experts) if expert_ids is None else expert_ids))
     model.load_state_dict(_load_dense(path), strict=False, assign=True)
-    model.reset_turns()
     return model.eval().requires_grad_(False)
 
 
@@ -68,6 +68,18 @@ def load_experts_share(path: Path, expert_ids: Sequence[int]) -> list[Experts]:
 def load_tokenizer(path: Path = VOCABULARY) -> Tokenizer:
     """Read the vocabulary that belongs to the committed weights."""
     return Tokenizer.load(path)
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves out ``torch.nn.init``: a meta tensor has nothing to fill, and to learn that torch imports its compiler,
+    which takes seconds in every rank."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))
 
 
 def _read_experts(file: Any, prefix: str, expert_ids: Sequence[int]) -> Experts:

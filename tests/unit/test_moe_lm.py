@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -242,6 +244,14 @@ def test_share_holds_the_named_experts_only() -> None:
         assert torch.equal(share.up, everything.up[[9, 2]])
         assert torch.equal(share.down, everything.down[[9, 2]])
     assert [share.up.shape[0] for share in moe_lm.load_experts_share(moe_lm.WEIGHTS, [])] == [0] * len(whole)
+
+
+def test_loading_does_not_wake_the_compiler_of_torch() -> None:
+    code = (
+        "import sys; from examples import moe_lm; moe_lm.load(expert_ids=[3]); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    root = Path(moe_lm.__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60, check=False).returncode == 0
 
 
 def test_share_of_an_unknown_expert_is_refused() -> None:
