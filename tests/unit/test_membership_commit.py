@@ -7,7 +7,7 @@ from epmesh.placement import Placement
 from epmesh.view import RankMode
 from epmesh_server.membership import EpochUsed, GroupProgress, RanksLost, ViewCommitted
 from epmesh_server.membership.actions import Append, Commit, Done, Finish, Prepare, Publish, Send
-from epmesh_server.membership.events import Committed, CreateGroup, Finished, Prepared, SetPlacement, Tick
+from epmesh_server.membership.events import Committed, CreateGroup, Finished, Prepared, ReportRanks, SetPlacement, Tick
 from tests.unit.fake_mesh import FakeMesh, FakeNode, linear, rank, two_nodes
 
 
@@ -119,6 +119,18 @@ def test_a_death_aborts_at_once_and_names_the_lost() -> None:
     assert list(mesh.view.ranks) == [0, 1]
     assert mesh.view.membership_epoch == 2
     assert RanksLost(((8, 2), (9, 2))) in mesh.records
+
+
+def test_ranks_that_leave_in_good_order_abort_nothing_even_if_their_node_goes_too() -> None:
+    mesh, a, b = two_nodes()
+    left = frozenset(b.living)
+    b.ranks.clear()
+    mesh.step(ReportRanks(b.session or 0, (), left))
+    mesh.break_session(b, orderly=True)
+    mesh.settle()
+    assert list(mesh.view.ranks) == [0, 1]
+    assert not any(finish.abort for finish in commands(a, Finish) if isinstance(finish, Finish))
+    assert commands(a, Prepare)[-1] == Prepare(mesh.view.epoch, ())
 
 
 def test_a_join_waits_for_the_cut_as_long_as_calls_wait_for_each_other() -> None:

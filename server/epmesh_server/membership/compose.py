@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from epmesh.errors import EpmeshError
 from epmesh.placement import Placement
 from epmesh.view import GroupInfo, NodeInfo, RankMode, View
-from epmesh_server.membership.declarations import RankDeclaration
+from epmesh_server.membership.declarations import RankDeclaration, RankKey
 from epmesh_server.membership.groups import compose_groups
 from epmesh_server.membership.nodes import Node
 from epmesh_server.membership.operations import Operation, Wishes
@@ -77,8 +77,9 @@ def compose(
     operations: Sequence[Operation],
     next_group_id: int,
     tensor_parallel_size: int,
+    left: Set[RankKey] = frozenset(),
 ) -> Draft:
-    """The view that `nodes` (ascending by slot) and `operations` make of `base`."""
+    """The view that `nodes` (ascending by slot) and `operations` make of `base`; `left` went in good order."""
     ranks = {rank: node.ranks[rank] for node in nodes for rank in sorted(node.ranks)}
     wishes, done, refused = _carried_out(base, ranks, operations, next_group_id)
     size = tensor_parallel_size or base.tensor_parallel_size
@@ -88,7 +89,6 @@ def compose(
     members = frozenset((known.info.rank, known.info.incarnation, known.info.mode) for known in ranks.values())
     shape = (infos, groups, placements, size)
     lost = tuple(rank for rank, info in base.ranks.items() if not _lives(ranks.get(rank), info.incarnation))
-    left = frozenset().union(*(node.left for node in nodes))
     return Draft(
         *shape,
         members=members,

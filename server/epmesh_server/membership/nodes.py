@@ -90,7 +90,8 @@ class NodeTable:
             node.gone = Remembered(snapshot.lost.get(slot, ()))
             info = in_view.get(slot)
             if info is not None and (info.node_id, info.incarnation) == node.registration.identity:
-                table.forgive(node, info.ranks, now)
+                living = [rank for rank in info.ranks if (rank.rank, rank.incarnation) not in node.gone]
+                table.forgive(node, living, now)
         return table
 
     def __iter__(self) -> Iterator[Node]:
@@ -231,7 +232,7 @@ class NodeTable:
         self.close(node)
         self.settle(node)
         node.status = NodeStatus.DEAD
-        node.ranks, node.listed, node.left, node.links = {}, frozenset(), frozenset(), ()
+        node.ranks, node.listed, node.links = {}, frozenset(), ()
 
     def renew(self, node: Node, now: float) -> None:
         """A sign of life."""

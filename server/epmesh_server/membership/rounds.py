@@ -82,7 +82,8 @@ class Rounds:
         self._latest = 0.0
         self._finish_by: float | None = None
         self._tensor_parallel_size = 0
-        self._said_lost: set[RankKey] = set()
+        # Processes of the last view that nodes were told are lost: they do not come back, committed or not.
+        self._said_lost = {key for lost in snapshot.lost.values() for key in lost if self._is_member(key)}
         # An epoch that was prepared and never committed has left fences up.
         if self._used_epoch > self.view.epoch and self.view.nodes:
             self._due = float("-inf")
@@ -212,7 +213,8 @@ class Rounds:
     def _compose(self) -> Draft:
         members = self._nodes.members()
         waiting = self.operations.waiting
-        return compose(self.view, members, waiting, self._next_group_id, self._tensor_parallel_size)
+        left = frozenset[RankKey]().union(*(node.left for node in self._nodes))
+        return compose(self.view, members, waiting, self._next_group_id, self._tensor_parallel_size, left)
 
     def _give_up(self, draft: Draft, answer: Done | EpmeshError) -> None:
         self._round = self._finish_by = None
@@ -240,8 +242,10 @@ class Rounds:
     def _enter_preparing(self, draft: Draft, now: float) -> None:
         self._used_epoch += 1
         self._next_group_id = draft.next_group_id
-        self._out.append(Append((EpochUsed(self._used_epoch, self._next_group_id),)))
-        self._said_lost.update(map(self._key, draft.dead))
+        used = EpochUsed(self._used_epoch, self._next_group_id)
+        lost = tuple(key for key in map(self._key, draft.dead) if key not in self._said_lost)
+        self._said_lost.update(lost)
+        self._out.append(Append((used, RanksLost(lost)) if lost else (used,)))
         waiting = {node.slot for node in draft.nodes}
         deadline = now + self._settings.answer_s(len(waiting))
         self._round = Round(self._used_epoch, draft, Phase.PREPARING, waiting, deadline)
@@ -277,7 +281,7 @@ class Rounds:
     def _commit(self, running: Round, now: float) -> None:
         base, draft = self.view, running.draft
         view = draft.view(base, running.epoch, self._counters(running))
-        gone = tuple(map(self._key, draft.lost))
+        gone = tuple(key for key in map(self._key, draft.lost) if key not in self._said_lost)
         records = (RanksLost(gone), ViewCommitted(view)) if gone else (ViewCommitted(view),)
         self._out.append(Append(records))
         self.view = view
