@@ -11,7 +11,6 @@ import functools
 import multiprocessing
 import multiprocessing.connection
 import os
-import pickle
 import signal
 import socket
 import time
@@ -21,6 +20,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+from epmesh_server.testing import pickling
 from epmesh_server.testing.entry import run_child
 
 _PRELOAD = (
@@ -74,7 +74,7 @@ class Child:
     def send(self, message: object) -> None:
         """Sends `message`; to a dead child it goes nowhere, and `receive` tells."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.pipe.send_bytes(pickle.dumps(message))
+            self.pipe.send_bytes(pickling.dumps(message))
 
     def receive(self) -> Any:
         """The child's next message, however long it takes.
@@ -83,7 +83,7 @@ class Child:
             EOFError: the child is dead.
         """
         try:
-            return pickle.loads(self.pipe.recv_bytes())  # noqa: S301 - an inherited pipe, no wire
+            return pickling.loads(self.pipe.recv_bytes())
         except ConnectionResetError as exc:
             raise EOFError(f"{self.name} is dead") from exc
 

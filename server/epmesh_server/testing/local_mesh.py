@@ -22,6 +22,7 @@ from epmesh.v1 import discovery_service_pb2, discovery_service_pb2_grpc
 from epmesh.view import View
 from epmesh_server.coordinator import CoordinatorSettings
 from epmesh_server.node.settings import DEFAULT_BUFFER_BYTES, NodeSettings
+from epmesh_server.testing import pickling
 from epmesh_server.testing.children import HOST, Child, Port, answers, ask, end_all
 from epmesh_server.testing.entry import remove_when_owner_ends
 from epmesh_server.testing.messages import Bound, GetReady, Join, NotYet, Raised, Ready, Result, Work
@@ -183,7 +184,7 @@ class LocalMesh:
         if self._coordinator is None:
             raise InvalidRequest("this LocalMesh is not started; use it in a with statement")
         try:
-            message = Work(pickle.dumps((work, args)), tuple(sys.path))
+            message = Work(pickling.dumps((work, args)), tuple(sys.path))
         except (pickle.PicklingError, AttributeError, TypeError) as exc:
             raise InvalidRequest(f"work and its arguments go by pickle: {exc}; use a module-level function") from exc
         return self._worker.submit(lambda: self._run(message))
@@ -193,7 +194,7 @@ class LocalMesh:
         done = ask(children, message)
         _raise_first(done)
         return [
-            pickle.loads(answer.pickled)  # noqa: S301 - from an inherited pipe, no wire
+            pickling.loads(answer.pickled)
             if isinstance(answer, Result)
             else PeerLost([rank], epoch, f"rank {rank} was killed during the work")
             for rank, answer in sorted(done.items())

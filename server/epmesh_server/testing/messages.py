@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
 import traceback
 from dataclasses import dataclass
 
 from epmesh.errors import EpmeshError
+from epmesh_server.testing import pickling
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,16 @@ class Raised:
         """`error` with its traceback; where it cannot travel, an `EpmeshError` with its text."""
         trace = "".join(traceback.format_exception(error))
         try:
-            pickled = pickle.dumps(error)
-            pickle.loads(pickled)  # noqa: S301 - our own bytes, to see whether the other side could
+            pickled = pickling.dumps(error)
+            pickling.loads(pickled)
         except Exception as exc:  # noqa: BLE001 - a user's exception may do anything when pickled
             substitute = EpmeshError(f"{type(error).__name__}: {error} (which cannot be pickled: {exc})")
-            pickled = pickle.dumps(substitute)
+            pickled = pickling.dumps(substitute)
         return cls(pickled, trace)
 
     def error(self, where: str) -> BaseException:
         """The exception, with a note that says where it was raised."""
-        error = pickle.loads(self.pickled)  # noqa: S301 - from an inherited pipe, no wire
+        error = pickling.loads(self.pickled)
         assert isinstance(error, BaseException)
         error.add_note(f"raised in {where}:\n{self.trace}")
         return error

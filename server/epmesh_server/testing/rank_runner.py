@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import epmesh
 from epmesh.errors import InvalidRequest, MeshUnavailable, StaleEpoch
 from epmesh.view import View
+from epmesh_server.testing import pickling
 from epmesh_server.testing.messages import GetReady, Join, NotYet, Raised, Ready, Result, Work
 
 _POLL_S = 0.005
@@ -41,10 +41,10 @@ def rank_main(pipe: Connection[Any, Any], settings: RankSettings) -> None:
     runner = RankRunner(settings)
     while True:
         try:
-            message = pickle.loads(pipe.recv_bytes())  # noqa: S301 - an inherited pipe, no wire
+            message = pickling.loads(pipe.recv_bytes())
         except (EOFError, ConnectionResetError):
             return
-        pipe.send_bytes(pickle.dumps(runner.answer(message)))
+        pipe.send_bytes(pickling.dumps(runner.answer(message)))
 
 
 class RankRunner:
@@ -114,6 +114,5 @@ class RankRunner:
 
     def _work(self, message: Work) -> Result:
         sys.path.extend(path for path in message.path if path not in sys.path)
-        work, args = pickle.loads(message.pickled)  # noqa: S301 - from an inherited pipe, no wire
-        # Plain pickle copies tensors; multiprocessing's would pass descriptors that outlive nobody.
-        return Result(pickle.dumps(work(self._comm, *args)))
+        work, args = pickling.loads(message.pickled)
+        return Result(pickling.dumps(work(self._comm, *args)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 import signal
 from collections.abc import Awaitable, Callable
 from multiprocessing.connection import Connection
@@ -11,6 +10,7 @@ from typing import Any
 
 from epmesh_server.coordinator import CoordinatorSettings, run_coordinator
 from epmesh_server.node import NodeSettings, run_node
+from epmesh_server.testing import pickling
 from epmesh_server.testing.messages import Bound, Raised
 
 
@@ -31,7 +31,7 @@ def _report(pipe: Connection[Any, Any], run: Run) -> None:
     try:
         asyncio.run(_until_stopped(pipe, run))
     except Exception as exc:  # noqa: BLE001 - whatever it is, the owner raises it
-        pipe.send_bytes(pickle.dumps(Raised.of(exc)))
+        pipe.send_bytes(pickling.dumps(Raised.of(exc)))
 
 
 async def _until_stopped(pipe: Connection[Any, Any], run: Run) -> None:
@@ -40,6 +40,6 @@ async def _until_stopped(pipe: Connection[Any, Any], run: Run) -> None:
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_reader(pipe.fileno(), stop.set)  # nothing is ever sent here: readable means the owner is gone
     try:
-        await run(stop, lambda address: pipe.send_bytes(pickle.dumps(Bound(address))))
+        await run(stop, lambda address: pipe.send_bytes(pickling.dumps(Bound(address))))
     finally:
         loop.remove_reader(pipe.fileno())
