@@ -43,16 +43,17 @@ class Sampler:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def choose(self, logits: Tensor) -> Tensor:
-        """Choose from fp32 `[batch, vocab_size]`; returns int64 `[batch]`. Every call draws once per sequence."""
-        if self._temperature == 0:
-            return logits.argmax(dim=-1)
-        draws = [torch.rand(1, dtype=torch.float64, generator=generator) for generator in self._generators]
-        return self._invert(logits, torch.stack(draws).to(logits.device)) if draws else logits.argmax(dim=-1)
+        """Choose from fp32 `[batch, vocab_size]`; returns int64 `[batch]`. Every call draws once per sequence.
 
-    def _invert(self, logits: Tensor, draws: Tensor) -> Tensor:
-        cumulative = (logits.double() / self._temperature).softmax(dim=-1).cumsum(dim=-1)
-        chosen = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
-        return chosen.squeeze(1).clamp(max=logits.shape[-1] - 1)
+        The token whose logit is largest after Gumbel noise is one drawn from the softmax. Rounding changes the choice
+        only where the two largest all but tie.
+        """
+        if self._temperature == 0 or not self._generators:
+            return logits.argmax(dim=-1)
+        size = logits.shape[-1]
+        draws = [torch.rand(size, dtype=torch.float64, generator=generator) for generator in self._generators]
+        noise = -(-torch.stack(draws).log()).log()
+        return (logits.double() / self._temperature + noise.to(logits.device)).argmax(dim=-1)
 
 
 class Decoder:
