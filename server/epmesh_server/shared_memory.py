@@ -225,11 +225,12 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class BufferLayout:
-    """Where things stand in one local member's buffer of a group.
+    """How the memory is divided that the local members of a group share: one section a member, one after the other.
 
-    ``recv[turn][source]`` (source: position in the group) is where source's rows for this rank are put, by the source
-    itself or by the rank that passes them on; ``out[slot]`` is where the rank shows its combine input to its
-    neighbours. Each region is a header of `HEADER_BYTES` and a payload. Only touched pages cost memory.
+    ``recv[turn][source]`` (source: position in the group) of a section is where source's rows for this rank are put, by
+    the source itself or by the rank that passes them on; ``out[slot]`` is where the rank shows its combine input to its
+    neighbours. Each region is a header of `HEADER_BYTES` and a payload. The flags of all regions stand together at the
+    section's start: recv by turn and source, then out by slot. Only touched pages cost memory.
 
     A rank may have posted two dispatches and not yet taken in either when a peer posts the next call, which cannot be
     followed by another before this rank posts it too: so regions take turns by three, and nothing unread is overwritten.
@@ -250,23 +251,25 @@ class BufferLayout:
             raise InvalidRequest(f"buffer bytes are {self.region_bytes}; use a positive multiple of {PAGE_BYTES}")
 
     @property
-    def _recv_stride(self) -> int:
-        return self.HEADER_BYTES + self.region_bytes
+    def num_flags(self) -> int:
+        """Flags (64-bit words) of a section."""
+        return self.TURNS * self.world_size + self.SLOTS
 
     @property
     def out_bytes(self) -> int:
-        """Most payload bytes of a rank's combine input."""
-        return self.world_size * self.region_bytes
+        """Most payload bytes of a rank's combine input, which may be wider than what was dispatched."""
+        return 2 * self.world_size * self.region_bytes
 
     def recv_offset(self, turn: int, source: int) -> int:
-        """Where the region of `source` for exchanges of `turn` (sequence modulo `TURNS`) starts."""
-        return (turn * self.world_size + source) * self._recv_stride
+        """Where in a section the region of `source` for exchanges of `turn` (sequence modulo `TURNS`) starts."""
+        flags = -(-self.num_flags * 8 // PAGE_BYTES) * PAGE_BYTES
+        return flags + (turn * self.world_size + source) * (self.HEADER_BYTES + self.region_bytes)
 
     def out_offset(self, slot: int) -> int:
-        """Where the combine region of the open exchange `slot` starts."""
-        return self.TURNS * self.world_size * self._recv_stride + slot * (self.HEADER_BYTES + self.out_bytes)
+        """Where in a section the combine region of the open exchange `slot` starts."""
+        return self.recv_offset(self.TURNS, 0) + slot * (self.HEADER_BYTES + self.out_bytes)
 
     @property
-    def total_bytes(self) -> int:
-        """Size of the memfd."""
+    def section_bytes(self) -> int:
+        """Bytes of one member's section."""
         return self.out_offset(self.SLOTS)

@@ -1,4 +1,4 @@
-"""Symmetric buffers of groups: memfds and eventfds made here, the same for all local ranks, new in every membership."""
+"""Symmetric buffers of groups: memfd and eventfds made here, the same for all local ranks, new in every membership."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from epmesh.errors import InvalidRequest, NotReady, Overloaded, StaleEpoch
 from epmesh.view import GroupInfo, View
 from epmesh_server.shared_memory import BufferLayout
 
-MAX_LOCAL_MEMBERS = 126  # one message carries at most 253 descriptors, and a member takes two
+MAX_LOCAL_MEMBERS = 126  # what a dispatch's target codes can tell apart
 
 
 @dataclass(frozen=True)
@@ -20,19 +20,25 @@ class GroupBuffers:
 
     Attributes:
         ranks: global ranks of the local members, in group order.
-        memfds, eventfds: one a member, in the same order.
-        layout: how each memfd is divided.
+        memfd: a section a member, in the same order.
+        eventfds: one a member, in the same order.
+        layout: how a section is divided.
     """
 
     ranks: tuple[int, ...]
-    memfds: tuple[int, ...]
+    memfd: int
     eventfds: tuple[int, ...]
     layout: BufferLayout
 
     @property
+    def memfd_bytes(self) -> int:
+        """Size of the memfd."""
+        return len(self.ranks) * self.layout.section_bytes
+
+    @property
     def descriptors(self) -> tuple[int, ...]:
         """All of them, in the order in which they are handed out."""
-        return self.memfds + self.eventfds
+        return (self.memfd, *self.eventfds)
 
 
 class BufferPool:
@@ -81,16 +87,14 @@ class BufferPool:
         if len(ranks) > MAX_LOCAL_MEMBERS:
             raise InvalidRequest(f"group {group.name!r} has {len(ranks)} ranks here; at most {MAX_LOCAL_MEMBERS} work")
         layout = BufferLayout(len(group.ranks), self._region_bytes)
-        memfds: list[int] = []
-        eventfds: list[int] = []
+        made: list[int] = []
         try:
-            for rank in ranks:
-                memfds.append(_memfd(f"epmesh-{group.name}-{rank}", layout.total_bytes))
-                eventfds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            made.append(_memfd(f"epmesh-{group.name}", len(ranks) * layout.section_bytes))
+            made.extend(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in ranks)
         except OSError as exc:
-            _close(memfds + eventfds)
-            raise Overloaded(1.0, f"cannot make buffers of {layout.total_bytes} bytes a rank: {exc}") from exc
-        return GroupBuffers(ranks, tuple(memfds), tuple(eventfds), layout)
+            _close(made)
+            raise Overloaded(1.0, f"cannot make buffers of {layout.section_bytes} bytes a rank: {exc}") from exc
+        return GroupBuffers(ranks, made[0], tuple(made[1:]), layout)
 
 
 def _group(view: View, group_id: int) -> GroupInfo:

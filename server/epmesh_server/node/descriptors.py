@@ -133,7 +133,7 @@ class DescriptorBroker:
         buffers = self._pool.get(self._board.view, wanted.group_id, wanted.membership_epoch, entry.rank)
         response = rank_service_pb2.DescriptorResponse(
             ranks=buffers.ranks,
-            memfd_bytes=buffers.layout.total_bytes,
+            memfd_bytes=buffers.memfd_bytes,
             region_bytes=buffers.layout.region_bytes,
         )
         return response, buffers.descriptors

@@ -1,4 +1,4 @@
-"""Symmetric buffers of a group inside one node: every local member can write into every other's.
+"""Symmetric buffers of a group inside one node: every local member can write into every other's section.
 
 ``shared_memory.BufferLayout`` says where the regions are; here they are mapped, filled and read. A region is published
 by storing its flag last: the membership epoch and the sequence number of the exchange it is for.
@@ -16,12 +16,13 @@ import numpy.typing as npt
 from epmesh_server.shared_memory import BufferLayout
 
 Bytes = npt.NDArray[np.uint8]
+Words = npt.NDArray[np.uint64]
 
 _ALIGNMENT = 64
-_CALL_AT, _OFFSETS_AT = 128, 32_768
+_CALL_AT, _OFFSETS_AT = 64, 32_768
 MAX_CALL_BYTES = _OFFSETS_AT - _CALL_AT
 MAX_WORLD_SIZE = (BufferLayout.HEADER_BYTES - _OFFSETS_AT) // 8 - 1
-_FLAG, _ROWS, _CALL_LENGTH = 0, 1, 2
+_ROWS, _CALL_LENGTH = 0, 1
 
 
 def stamp(membership_epoch: int, sequence: int) -> int:
@@ -46,19 +47,18 @@ def payload_bytes(num_rows: int, widths: Sequence[int]) -> int:
 
 
 class Region:
-    """One header with its payload in somebody's buffer."""
+    """One header with its payload in somebody's section.
+
+    Attributes:
+        start: where the payload starts in the node's memory, bytes.
+    """
 
     def __init__(self, memory: Bytes, start: int, payload: int) -> None:
-        self._words = memory[start : start + 128].view(np.uint64)
+        self._words: Words = memory[start : start + _CALL_AT].view(np.uint64)
         self._call = memory[start + _CALL_AT : start + _OFFSETS_AT]
-        self.offsets = memory[start + _OFFSETS_AT : start + BufferLayout.HEADER_BYTES].view(np.uint64)
-        body = start + BufferLayout.HEADER_BYTES
-        self.payload = memory[body : body + payload]
-
-    @property
-    def flag(self) -> int:
-        """Which exchange the region holds."""
-        return int(self._words[_FLAG])
+        self.offsets: Words = memory[start + _OFFSETS_AT : start + BufferLayout.HEADER_BYTES].view(np.uint64)
+        self.start = start + BufferLayout.HEADER_BYTES
+        self.payload = memory[self.start : self.start + payload]
 
     @property
     def num_rows(self) -> int:
@@ -71,14 +71,10 @@ class Region:
         return self._call[: int(self._words[_CALL_LENGTH])].tobytes()
 
     def describe(self, num_rows: int, call: bytes) -> None:
-        """Writes all of the header but the flag."""
+        """Writes the header."""
         self._words[_ROWS] = num_rows
         self._words[_CALL_LENGTH] = len(call)
         self._call[: len(call)] = np.frombuffer(call, np.uint8)
-
-    def publish(self, flag: int) -> None:
-        """Makes the region visible; everything else was written, and made visible by a barrier, before."""
-        self._words[_FLAG] = flag
 
     def arrays(self, num_rows: int, widths: Sequence[int]) -> list[Bytes]:
         """The payload's arrays, ``[num_rows, width]`` bytes each."""
@@ -89,26 +85,33 @@ class Region:
 
 
 class GroupBuffers:
-    """The mapped buffers of a group's local members. Mappings live as long as somebody refers to their memory."""
+    """The mapped sections of a group's local members. The mapping lives as long as somebody refers to its memory.
+
+    Attributes:
+        memory: all sections, as bytes.
+    """
 
     def __init__(self, layout: BufferLayout, local: Sequence[int], me: int, fds: Sequence[int]) -> None:
-        """Maps buffers; takes over `fds`.
+        """Maps the sections; takes over `fds`.
 
         Args:
             local: positions of the local members, ascending.
             me: this rank's position.
-            fds: one memfd, then one eventfd for every local member.
+            fds: the memfd, then one eventfd for every local member.
         """
         self.layout = layout
         self.me = me
-        self._memory: dict[int, Bytes] = {}
-        for position, fd in zip(local, fds, strict=False):
-            self._memory[position] = np.frombuffer(mmap.mmap(fd, layout.total_bytes), np.uint8)
-            os.close(fd)
-        self._wake = dict(zip(local, fds[len(local) :], strict=True))
+        size = layout.section_bytes
+        self.memory: Bytes = np.frombuffer(mmap.mmap(fds[0], len(local) * size), np.uint8)
+        os.close(fds[0])
+        self._wake = dict(zip(local, fds[1:], strict=True))
         for fd in self._wake.values():
             os.set_blocking(fd, False)
-        self._regions: dict[tuple[int, int, int], Region] = {}
+        self._section = {position: index * size for index, position in enumerate(local)}
+        words: Words = self.memory.view(np.uint64)
+        self._flags = words.reshape(len(local), size // 8)[:, : layout.num_flags]
+        self._index = {position: index for index, position in enumerate(local)}
+        self._regions: dict[tuple[int, int], Region] = {}
 
     @property
     def wake_fd(self) -> int:
@@ -117,12 +120,33 @@ class GroupBuffers:
 
     def recv(self, owner: int, sequence: int, source: int) -> Region:
         """Where `owner` finds the rows of `source` for an exchange."""
-        start = self.layout.recv_offset(sequence % self.layout.TURNS, source)
-        return self._region(owner, start, self.layout.region_bytes)
+        layout = self.layout
+        return self._region(owner, sequence % layout.TURNS * layout.world_size + source)
 
     def out(self, owner: int, slot: int) -> Region:
         """Where `owner` shows its combine input of the open exchange `slot` (0 or 1)."""
-        return self._region(owner, self.layout.out_offset(slot), self.layout.out_bytes)
+        return self._region(owner, self.layout.TURNS * self.layout.world_size + slot)
+
+    def publish_recv(self, owner: int, sequence: int, source: int, flag: int) -> None:
+        """Makes a region visible and wakes its owner; all of it was written, and made visible by a barrier, before."""
+        self._flags[self._index[owner], sequence % self.layout.TURNS * self.layout.world_size + source] = flag
+        self.wake(owner)
+
+    def publish_out(self, slot: int, flag: int) -> None:
+        """Makes this rank's combine input visible and wakes its neighbours; a barrier came before."""
+        self._flags[self._index[self.me], self.layout.TURNS * self.layout.world_size + slot] = flag
+        for position in self._wake:
+            if position != self.me:
+                self.wake(position)
+
+    def recv_flags(self, sequence: int) -> Words:
+        """The flags of this rank's regions for an exchange, by source; they change under the reader."""
+        first = sequence % self.layout.TURNS * self.layout.world_size
+        return self._flags[self._index[self.me], first : first + self.layout.world_size]
+
+    def out_flags(self, slot: int) -> Words:
+        """The flags of all local members' combine inputs, by local index; they change under the reader."""
+        return self._flags[:, self.layout.TURNS * self.layout.world_size + slot]
 
     def wake(self, position: int) -> None:
         """Wakes a local member."""
@@ -136,16 +160,25 @@ class GroupBuffers:
             pass
 
     def close(self) -> None:
-        """Closes the eventfds; idempotent."""
+        """Closes the eventfds; idempotent. Nothing else of it may be used afterwards."""
         for fd in self._wake.values():
             os.close(fd)
         self._wake = {}
         self._regions = {}
-        self._memory = {}
+        self.memory = np.empty(0, np.uint8)
+        self._flags = np.empty((0, 0), np.uint64)
 
-    def _region(self, owner: int, start: int, payload: int) -> Region:
-        key = (owner, start, payload)
-        region = self._regions.get(key)
+    def _region(self, owner: int, number: int) -> Region:
+        region = self._regions.get((owner, number))
         if region is None:
-            region = self._regions[key] = Region(self._memory[owner], start, payload)
+            region = self._regions[(owner, number)] = self._map(owner, number)
         return region
+
+    def _map(self, owner: int, number: int) -> Region:
+        layout = self.layout
+        turn, source = divmod(number, layout.world_size)
+        if turn < layout.TURNS:
+            start, payload = layout.recv_offset(turn, source), layout.region_bytes
+        else:
+            start, payload = layout.out_offset(number - layout.TURNS * layout.world_size), layout.out_bytes
+        return Region(self.memory, self._section[owner] + start, payload)

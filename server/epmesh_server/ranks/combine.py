@@ -56,18 +56,16 @@ class CombineStage:
             self._results = self._exchange.compact(self._hidden)
             if len(self._topology.local) > 1:
                 self._show(region)
-        region.describe(self._ends[-1], self._call.SerializeToString())
+        self._encoded = self._call.SerializeToString()
+        region.describe(self._ends[-1], self._encoded)
         self._member.session.page.barrier()
-        region.publish(self._member.flag(self._exchange.sequence))
-        for position in self._topology.local:
-            if position != self._topology.me:
-                self._member.buffers.wake(position)
+        self._member.buffers.publish_out(self._exchange.slot, self._member.flag(self._exchange.sequence))
 
     def _show(self, region: Region) -> None:
         """Puts the results where neighbours read them, unless the caller computed them there."""
-        data = as_rows(self._results)
-        if data.ctypes.data != region.payload.ctypes.data:
-            region.payload[: data.size] = data.reshape(-1)
+        shown = shown_rows(region, len(self._results), self._results.shape[1], shown_dtype(self._results.dtype))
+        if shown.data_ptr() != self._results.data_ptr():
+            shown.copy_(self._results)
         region.offsets[: len(self._ends)] = self._ends
 
     def collect(self) -> torch.Tensor:
@@ -113,7 +111,7 @@ class CombineStage:
             got = f"{dtype_name(output.dtype)}{list(output.shape)}"
             raise InvalidRequest(f"output is {got}; it must be {dtype_name(hidden.dtype)}{wanted}")
         room = self._member.buffers.layout.out_bytes
-        if hidden.numel() * hidden.element_size() > room:
+        if (hidden.shape[0] + 1) * hidden.shape[1] * shown_dtype(hidden.dtype).itemsize > room:
             raise InvalidRequest(f"{hidden.shape[0]} rows take more than the buffer's {room} bytes; send fewer at once")
 
     # Inside the node -------------------------------------------------------------------------------------------
@@ -121,22 +119,51 @@ class CombineStage:
     def _await_neighbours(self) -> dict[int, Call]:
         """Waits until all local members show their results; their calls by global rank."""
         member, slot = self._member, self._exchange.slot
-        flag = member.flag(self._exchange.sequence)
-        pending = [position for position in self._topology.local if position != self._topology.me]
+        flag, flags = np.uint64(member.flag(self._exchange.sequence)), member.buffers.out_flags(slot)
 
-        def ready() -> bool:
-            pending[:] = [p for p in pending if member.buffers.out(p, slot).flag != flag]
-            return not pending
+        def late() -> list[int]:
+            return [self._topology.local[index] for index in np.flatnonzero(flags != flag)]
 
         deadline = time.monotonic() + member.timeout_s
-        member.wait_until(ready, self._exchange.sequence, deadline, lambda: pending)
-        return {member.global_rank(p): Call.FromString(member.buffers.out(p, slot).call) for p in self._topology.local}
+        member.wait_until(lambda: bool((flags == flag).all()), self._exchange.sequence, deadline, late)
+        known = {self._encoded: self._call}
+        calls: dict[int, Call] = {}
+        for position in self._topology.local:
+            encoded = member.buffers.out(position, slot).call
+            if encoded not in known:
+                known[encoded] = Call.FromString(encoded)
+            calls[member.global_rank(position)] = known[encoded]
+        return calls
 
     def _node_sum(self, source: int, num_rows: int) -> torch.Tensor:
         """``[num_rows, hidden]``: this node's results for a source's rows, in rank order, rounded."""
         hidden, dtype = self._hidden.shape[1], self._hidden.dtype
-        parts = [(self._rows_at(source, p), self._results_of(p, source, hidden, dtype)) for p in self._topology.local]
-        return sum_rows(parts, num_rows, hidden, dtype)
+        local = self._topology.local
+        if len(local) == 1:
+            own = self._results[self._ends[source] : self._ends[source + 1]]
+            return sum_rows([(self._rows_at(source, local[0]), own)], num_rows, hidden, dtype)
+        if dtype.is_floating_point and num_rows and hidden:
+            return self._bag_sum(source, num_rows)
+        return sum_rows([(self._rows_at(source, p), self._shown_by(p, source)) for p in local], num_rows, hidden, dtype)
+
+    def _bag_sum(self, source: int, num_rows: int) -> torch.Tensor:
+        """The sum in one pass: every row of the source is a bag of rows of the node's memory, in rank order."""
+        hidden, dtype, buffers = self._hidden.shape[1], self._hidden.dtype, self._member.buffers
+        wide = shown_dtype(dtype)
+        width = hidden * wide.itemsize
+        index = np.full((num_rows, len(self._topology.local)), -1, np.int64)
+        for column, position in enumerate(self._topology.local):
+            region = buffers.out(position, self._exchange.slot)
+            first = -(-region.start // width) + int(region.offsets[source])
+            rows = self._rows_at(source, position)
+            index[rows, column] = np.arange(first, first + len(rows))
+        held = index >= 0
+        ends = np.zeros(num_rows + 1, np.int64)
+        np.cumsum(held.sum(axis=1), out=ends[1:])
+        num_table_rows = len(buffers.memory) // width
+        table = from_bytes(buffers.memory[: num_table_rows * width], wide, (num_table_rows, hidden))
+        bags = torch.from_numpy(index[held]), torch.from_numpy(ends)
+        return torch.embedding_bag(table, *bags, False, 0, False, None, True)[0].to(dtype)
 
     def _rows_at(self, source: int, position: int) -> Ints:
         """Which of the source's rows (of its message, where it is on another node) went to a local member."""
@@ -144,13 +171,11 @@ class CombineStage:
             return self._exchange.layout.rows_to[position]
         return self._exchange.relayed[source].rows_of[position]
 
-    def _results_of(self, position: int, source: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
-        if position == self._topology.me:
-            return self._results[self._ends[source] : self._ends[source + 1]]
+    def _shown_by(self, position: int, source: int) -> torch.Tensor:
+        """A local member's results for a source's rows."""
         region = self._member.buffers.out(position, self._exchange.slot)
         start, stop = (int(offset) for offset in region.offsets[source : source + 2])
-        width = hidden * dtype.itemsize
-        return from_bytes(region.payload[start * width : stop * width], dtype, (stop - start, hidden))
+        return shown_rows(region, stop, self._hidden.shape[1], shown_dtype(self._hidden.dtype))[start:]
 
     # Between nodes ---------------------------------------------------------------------------------------------
 
@@ -214,3 +239,16 @@ class CombineStage:
         metas = message.header.tensors
         if len(metas) != 1 or list(metas[0].shape) != expected or metas[0].dtype != dtype_name(self._hidden.dtype):
             raise InvalidRequest(f"rank {message.header.source} sent sums of another shape than {expected}")
+
+
+def shown_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which results of `dtype` stand in an `out` region: bf16 widened, so that sums round once."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+def shown_rows(region: Region, num_rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
+    """``[num_rows, hidden]`` of an `out` region. Rows start at multiples of their size in the node's whole memory, so
+    that all of it can be read as one table."""
+    width = hidden * dtype.itemsize
+    pad = -region.start % width if width else 0
+    return from_bytes(region.payload[pad : pad + num_rows * width], dtype, (num_rows, hidden))

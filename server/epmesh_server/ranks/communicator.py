@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +23,6 @@ from epmesh_server.ranks.collectives import Collectives
 from epmesh_server.ranks.exchange import Exchange, ExchangeStats, Request
 from epmesh_server.ranks.member import GroupMember
 from epmesh_server.ranks.point_to_point import PointToPoint
-from epmesh_server.ranks.tensors import from_bytes
 
 if TYPE_CHECKING:
     from epmesh_server.ranks.rank import RankProcess
@@ -292,12 +290,10 @@ class JoinedCommunicator(Communicator):
     def allocate_combine_input(
         self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, is_sequence_parallel: bool = False
     ) -> torch.Tensor | None:
-        size = math.prod(shape) * dtype.itemsize
-        if torch.device(device).type != "cpu" or not size:
+        if torch.device(device).type != "cpu" or len(shape) != 2:
             return None
         with self._turn():
-            buffer = self._exchange.combine_buffer(size)
-            return None if buffer is None else from_bytes(buffer, dtype, shape)
+            return self._exchange.combine_buffer(shape[0], shape[1], dtype)
 
     def get_symmetric_memory_buffer(
         self, role: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device

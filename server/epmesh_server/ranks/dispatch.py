@@ -84,6 +84,7 @@ class DispatchStage:
                 call.method, refusal=InvalidRequest(f"arguments take {len(encoded)} bytes; {MAX_CALL_BYTES} fit")
             ).SerializeToString()
             self._call = Call.FromString(encoded)
+        self._encoded = encoded
         for slot in self._topology.remote_slots:
             self._post_node(slot, encoded)
         for position in self._topology.local:
@@ -99,12 +100,19 @@ class DispatchStage:
         Raises:
             EpmeshError: the calls do not agree, or a member refused: the same on all members.
         """
-        member = self.member
-        pending = [position for position in range(self._topology.world_size) if position != self._topology.me]
+        member, topology = self.member, self._topology
+        relayed, flag = set(topology.relayed), np.uint64(member.flag(self.sequence))
+        flags = member.buffers.recv_flags(self.sequence)
+        direct = np.array([p != topology.me and p not in relayed for p in range(topology.world_size)])
+        pending = [p for p in range(topology.world_size) if p != topology.me]
 
         def ready() -> bool:
-            pending[:] = [source for source in pending if not self._arrive(source)]
-            return not pending
+            relayed.difference_update([source for source in relayed if self._take_in(source)])
+            here = flags == flag
+            if relayed or not here[direct].all():
+                pending[:] = [p for p in pending if p in relayed or (direct[p] and not here[p])]
+                return False
+            return True
 
         def late() -> list[int]:
             waiting = set(pending)
@@ -112,7 +120,11 @@ class DispatchStage:
             return told or pending
 
         member.wait_until(ready, self.sequence, time.monotonic() + member.timeout_s, late)
-        calls = {member.global_rank(p): self._call_of(p) for p in range(self._topology.world_size)}
+        self._arrived = {
+            source: member.buffers.recv(topology.me, self.sequence, source)
+            for source in map(int, np.flatnonzero(direct))
+        }
+        calls = self._calls()
         member.abandoned = max(call.abandoned for call in calls.values())
         error = verdict(calls)
         if error is not None:
@@ -158,7 +170,7 @@ class DispatchStage:
             for array, source in zip(arrays, self._sources, strict=True):
                 _take(source, rows, into=array)
             self._mask(self._layout, position, arrays)
-        self._publish(region, len(rows), call, position)
+        self._publish(region, len(rows), call, position, self._topology.me)
 
     def _mask(self, layout: Layout, position: int, arrays: Sequence[Bytes]) -> None:
         """Makes ids -1 (all bits set) where another replica was chosen."""
@@ -168,30 +180,22 @@ class DispatchStage:
         other = layout.replicated[rows] & (layout.targets[rows] != position)
         _as_items(arrays[IDS_AT], other.shape)[other] = 0xFF
 
-    def _publish(self, region: Region, num_rows: int, call: bytes, position: int) -> None:
+    def _publish(self, region: Region, num_rows: int, call: bytes, position: int, source: int) -> None:
         region.describe(num_rows, call)
         self.member.session.page.barrier()
-        region.publish(self.member.flag(self.sequence))
-        self.member.buffers.wake(position)
+        self.member.buffers.publish_recv(position, self.sequence, source, self.member.flag(self.sequence))
 
     # Receiving -------------------------------------------------------------------------------------------------
 
     def _rail_here(self, source: int) -> int:
         return self._topology.rail(source, self._topology.slot)
 
-    def _arrive(self, source: int) -> bool:
-        """Whether a member's part is here; takes it in, and passes it on where that is this rank's work."""
-        member = self.member
-        if source in self._topology.relayed:
-            message = member.take(_DISPATCH, self.sequence, source)
-            if message is not None:
-                self.passed_on[source] = self._pass_on(source, message)
-            return message is not None
-        region = member.buffers.recv(self._topology.me, self.sequence, source)
-        if region.flag != member.flag(self.sequence):
-            return False
-        self._arrived[source] = region
-        return True
+    def _take_in(self, source: int) -> bool:
+        """Whether a message came on this rank's rail; if so it is passed on."""
+        message = self.member.take(_DISPATCH, self.sequence, source)
+        if message is not None:
+            self.passed_on[source] = self._pass_on(source, message)
+        return message is not None
 
     def _pass_on(self, source: int, message: Message) -> _PassedOn:
         """Puts a remote source's rows into the neighbours' regions, once per (row, rank)."""
@@ -211,17 +215,28 @@ class DispatchStage:
                 _take(part, rows, into=array)
             if has_ids:
                 arrays[IDS_AT][:] = _relayed_ids(passed, rows, index)
-            self._publish(region, len(rows), call, position)
+            self._publish(region, len(rows), call, position, source)
         if not fits:
             raise InvalidRequest(f"rank {message.header.source} sent more rows than a buffer of {room} bytes holds")
         return passed
 
-    def _call_of(self, position: int) -> Call:
+    def _calls(self) -> dict[int, Call]:
+        """Every member's call by global rank; those that are the same to the byte are decoded once."""
+        known = {self._encoded: self._call}
+        calls: dict[int, Call] = {}
+        for position, rank in enumerate(self._topology.ranks):
+            encoded = self._call_of(position)
+            if encoded not in known:
+                known[encoded] = Call.FromString(encoded)
+            calls[rank] = known[encoded]
+        return calls
+
+    def _call_of(self, position: int) -> bytes:
         if position == self._topology.me:
-            return self._call
+            return self._encoded
         if position in self.passed_on:
-            return Call.FromString(self.passed_on[position].message.header.call)
-        return Call.FromString(self._arrived[position].call)
+            return self.passed_on[position].message.header.call
+        return self._arrived[position].call
 
     def _rows_from(self, position: int) -> list[Bytes]:
         """The rows of one source, an array ``[n, width]`` for every tensor."""

@@ -24,9 +24,9 @@ import torch
 from epmesh.communicator import Handle
 from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, PeerLost, StaleEpoch
 from epmesh.layout import Ints, Layout
-from epmesh_server.ranks.buffers import MAX_WORLD_SIZE, Bytes
+from epmesh_server.ranks.buffers import MAX_WORLD_SIZE
 from epmesh_server.ranks.calls import Call, describe
-from epmesh_server.ranks.combine import CombineStage
+from epmesh_server.ranks.combine import CombineStage, shown_dtype, shown_rows
 from epmesh_server.ranks.dispatch import IDS_AT, DispatchStage
 from epmesh_server.ranks.member import GroupMember
 from epmesh_server.ranks.tensors import as_rows, row_bytes
@@ -277,12 +277,15 @@ class Exchange:
         self.stats.combine_s.append(time.perf_counter() - started)
         return result if output is None else output.copy_(result)
 
-    def combine_buffer(self, size: int) -> Bytes | None:
-        """Memory in which a plain combine reads its input in place, if `size` bytes fit and a dispatch is open."""
-        if self._last is None:
+    def combine_buffer(self, num_rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Memory in which a plain combine reads its input in place; `None` where it would be copied anyway."""
+        local = self.member.topology.local
+        if self._last is None or len(local) == 1 or shown_dtype(dtype) != dtype or not num_rows * hidden:
             return None
-        payload = self.member.buffers.out(self.member.topology.me, self._last.slot).payload
-        return payload[:size] if size <= len(payload) else None
+        region = self.member.buffers.out(self.member.topology.me, self._last.slot)
+        if (num_rows + 1) * hidden * dtype.itemsize > len(region.payload):
+            return None
+        return shown_rows(region, num_rows, hidden, dtype)
 
     def release(self) -> None:
         """Ends the last plain exchange if it was never combined."""

@@ -47,7 +47,8 @@ def as_rows(tensor: torch.Tensor) -> Bytes:
     flat = tensor.detach().contiguous()
     if flat.numel() == 0:
         return np.empty((flat.shape[0], row_bytes(flat)), np.uint8)
-    data: Bytes = flat.reshape(-1).view(torch.uint8).numpy()
+    flat_bytes = flat.as_strided((flat.numel(),), (1,))  # a dimension of length 1 may have any stride
+    data: Bytes = flat_bytes.view(torch.uint8).numpy()
     return data.reshape(flat.shape[0], row_bytes(flat))
 
 
