@@ -123,9 +123,9 @@ def _say(text: str) -> None:
 def _write(path: Path, opened: rank_service_pb2.RankOpened, group_id: int, membership_epoch: int, text: str) -> None:
     wanted = rank_service_pb2.GroupBuffers(group_id=group_id, membership_epoch=membership_epoch)
     answer, fds = ask_descriptors(path, rank_service_pb2.DescriptorRequest(token=opened.token, group_buffers=wanted))
-    own = fds[list(answer.ranks).index(opened.rank)]
-    with mmap.mmap(own, answer.memfd_bytes) as memory:
-        memory[: len(text)] = text.encode()
+    section = list(answer.ranks).index(opened.rank) * (answer.memfd_bytes // len(answer.ranks))
+    with mmap.mmap(fds[0], answer.memfd_bytes) as memory:
+        memory[section : section + len(text)] = text.encode()
     for fd in fds:
         os.close(fd)
 
