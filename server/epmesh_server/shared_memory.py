@@ -6,6 +6,7 @@ can be left behind, and /dev/shm's size does not matter. All words are 64-bit an
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import threading
@@ -27,6 +28,22 @@ _ROWS_AT, _ROW_WORDS = 16, 8
 _KEY, _BEGUN, _DISPATCHED, _COMPLETED, _CUT = 0, 1, 2, 3, 4
 _LOST_AT = _ROWS_AT + MAX_GROUPS_PER_RANK * _ROW_WORDS
 CONTROL_PAGE_BYTES = -(-(_LOST_AT + MAX_RANKS // 64) * 8 // PAGE_BYTES) * PAGE_BYTES
+
+
+def sealed_memfd(name: str, size: int) -> int:
+    """A sparse memfd of `size` bytes, for ever: nobody can shrink it under the others' mappings.
+
+    Raises:
+        OSError: descriptors or address space are short.
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 @dataclass(frozen=True)
@@ -60,9 +77,7 @@ class ControlPage:
     @staticmethod
     def create() -> int:
         """A new, empty page; returns its memfd."""
-        fd = os.memfd_create("epmesh-control", os.MFD_CLOEXEC)
-        os.ftruncate(fd, CONTROL_PAGE_BYTES)
-        return fd
+        return sealed_memfd("epmesh-control", CONTROL_PAGE_BYTES)
 
     def close(self) -> None:
         """Unmaps the page; idempotent."""

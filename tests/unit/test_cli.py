@@ -95,7 +95,7 @@ def test_arguments_win_over_the_environment(served: list[Any]) -> None:
 
 
 def test_options_of_a_coordinator_that_runs_elsewhere_are_refused(served: list[Any]) -> None:
-    with pytest.raises(InvalidRequest, match="--stride, --min-nodes: the coordinator at .* has its own"):
+    with pytest.raises(InvalidRequest, match=r"--stride, --min-nodes: the coordinator at .* has its own"):
         invoke("serve", "--coordinator", "10.0.0.9:7401", "--stride", "2", "--min-nodes", "1")
     invoke(
         "serve", "--coordinator", "10.0.0.9:7401", EPMESH_STRIDE="2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from epmesh.errors import InvalidRequest
 from epmesh_server.node import NodeSettings
 from epmesh_server.node.runtime_dir import runtime_directory
-from epmesh_server.node.settings import split_address
+from epmesh_server.node.settings import has_port, join_address, split_address
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,31 @@ def test_buffers_are_whole_pages() -> None:
     assert NodeSettings(buffer_bytes=1).region_bytes == 4096
     assert NodeSettings(buffer_bytes=8192).region_bytes == 8192
     assert NodeSettings(host="0.0.0.0", insecure=True).region_bytes == 1 << 30
+
+
+def test_what_killed_nodes_left_is_swept_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    old, young, foreign = (tmp_path / f"epmesh-node-{name}" for name in ("old", "young", "foreign"))
+    for path in (old, young, foreign):
+        path.mkdir(mode=0o700)
+    for path in (old, young):
+        (path / "lock").touch()
+    for path in (old, foreign):
+        os.utime(path, (0, 0))
+    with runtime_directory(None) as held:
+        os.utime(held, (0, 0))
+        with runtime_directory(None):
+            assert held.exists()
+        assert [path.exists() for path in (old, young, foreign)] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("host", "address"), [("h", "h:1"), ("::1", "[::1]:1"), ("[::1]", "[::1]:1"), ("10.0.0.1", "10.0.0.1:1")]
+)
+def test_hosts_and_ports_are_joined(host: str, address: str) -> None:
+    assert join_address(host, 1) == address
+    assert has_port(address)
+    assert not has_port(host)
 
 
 def test_addresses_split_at_the_last_colon() -> None:

@@ -16,10 +16,10 @@ from epmesh.errors import InvalidRequest
 from epmesh_server.cli.logs import LogLevel
 from epmesh_server.cli.supervisor import Supervisor, die_with_parent
 from epmesh_server.node import NodeSettings, run_node
+from epmesh_server.node.settings import ANY_HOST, join_address
 
 _log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_ANY_HOST = ("0.0.0.0", "::", "[::]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def coordinate(options: CoordinatorOptions, supervisor: int | None) -> None:
 
 def address_beside(host: str, port: int) -> str:
     """Where a node reaches the coordinator beside it."""
-    return f"{'127.0.0.1' if host in _ANY_HOST else host}:{port or 7401}"
+    return join_address("127.0.0.1" if host in ANY_HOST else host, port or 7401)
 
 
 def default_data_dir(port: int) -> Path:

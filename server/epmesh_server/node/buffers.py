@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from epmesh.errors import InvalidRequest, NotReady, Overloaded, StaleEpoch
 from epmesh.view import GroupInfo, View
-from epmesh_server.shared_memory import BufferLayout
+from epmesh_server.shared_memory import BufferLayout, sealed_memfd
 
 MAX_LOCAL_MEMBERS = 126  # what a dispatch's target codes can tell apart
 
@@ -89,7 +88,7 @@ class BufferPool:
         layout = BufferLayout(len(group.ranks), self._region_bytes)
         made: list[int] = []
         try:
-            made.append(_memfd(f"epmesh-{group.name}", len(ranks) * layout.section_bytes))
+            made.append(sealed_memfd(f"epmesh-{group.name}", len(ranks) * layout.section_bytes))
             made.extend(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in ranks)
         except OSError as exc:
             _close(made)
@@ -102,18 +101,6 @@ def _group(view: View, group_id: int) -> GroupInfo:
     if group is None:
         raise InvalidRequest(f"there is no group with id {group_id} in epoch {view.epoch}")
     return group
-
-
-def _memfd(name: str, size: int) -> int:
-    """A sparse memfd that nobody can shrink under the others' mappings."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, size)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
 
 
 def _close(descriptors: Sequence[int]) -> None:

@@ -150,6 +150,8 @@ class CoordinatorLink:
         except grpc.aio.AioRpcError as exc:
             error = from_rpc_error(exc, f"control stream to the coordinator at {self._address}")
             raise MeshUnavailable(str(error)) from exc
+        except EpmeshError as exc:  # a command that makes no sense here; only a refused registration is final
+            raise MeshUnavailable(f"coordinator at {self._address}: {exc}") from exc
         finally:
             self._session = None
         raise MeshUnavailable(f"coordinator at {self._address}: it ended the control stream")

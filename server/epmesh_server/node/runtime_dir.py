@@ -7,12 +7,15 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from epmesh.errors import InvalidRequest
 
 GRPC_SOCKET, DESCRIPTOR_SOCKET, _LOCK = "grpc.sock", "descriptors.sock", "lock"
+_PREFIX = "epmesh-node-"
+_ABANDONED_S = 60.0  # younger ones may be about to take their lock
 _MAX_SOCKET_PATH_BYTES = 107
 
 
@@ -35,7 +38,20 @@ def runtime_directory(wanted: Path | None) -> Iterator[Path]:
 
 
 def _fresh() -> Path:
-    return Path(tempfile.mkdtemp(prefix="epmesh-node-"))  # mkdtemp makes it 0700
+    path = Path(tempfile.mkdtemp(prefix=_PREFIX))  # mkdtemp makes it 0700
+    _sweep(path.parent)
+    return path
+
+
+def _sweep(parent: Path) -> None:
+    """Removes what node services that were killed have left: our directories that nobody holds the lock of."""
+    for path in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError, InvalidRequest):
+            status = path.stat()
+            abandoned = status.st_uid == os.geteuid() and time.time() - status.st_mtime > _ABANDONED_S
+            if abandoned and (path / _LOCK).exists():
+                with _locked(path):
+                    shutil.rmtree(path)
 
 
 def _given(path: Path) -> Path:

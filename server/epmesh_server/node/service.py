@@ -34,7 +34,7 @@ from epmesh_server.node.ranks import RankTable
 from epmesh_server.node.registration import Enrolment, Identity
 from epmesh_server.node.rpc import TCP_SERVER_OPTIONS, UNIX_SERVER_OPTIONS, open_channel
 from epmesh_server.node.runtime_dir import DESCRIPTOR_SOCKET, GRPC_SOCKET, runtime_directory
-from epmesh_server.node.settings import NodeSettings
+from epmesh_server.node.settings import ANY_HOST, NodeSettings, has_port, join_address, split_address
 from epmesh_server.node.store import KeyValueStore, Store
 from epmesh_server.node.views import Discovery, ViewBoard
 
@@ -142,15 +142,15 @@ class Node:
             grpc_socket=str(self._directory / GRPC_SOCKET),
             descriptor_socket=str(self._directory / DESCRIPTOR_SOCKET),
             coordinator_address=self._settings.coordinator,
-            link_host=self._settings.link_host or self._identity.address.rpartition(":")[0],
+            link_host=self._settings.link_host or split_address(self._identity.address, "advertise")[0],
             version=self._identity.version,
         )
 
     async def _listen_tcp(self) -> str:
         settings = self._settings
         server = self._make_server(TCP_SERVER_OPTIONS, RankService(self.describe, None, self._board))
-        port = _bind(server, f"{settings.host}:{settings.port}")
-        bound = f"{settings.host}:{port}"
+        port = _bind(server, join_address(settings.host, settings.port))
+        bound = join_address(settings.host, port)
         self._identity = _identity(settings, bound, port, self._identity.incarnation)
         await self._begin(server)
         return bound
@@ -207,8 +207,8 @@ def _bind(server: grpc.aio.Server, address: str) -> int:
 
 def _identity(settings: NodeSettings, bound: str, port: int, incarnation: int) -> Identity:
     hostname = socket.gethostname()
-    advertise = settings.advertise or (hostname if settings.host in ("0.0.0.0", "[::]", "::") else bound)
-    address = advertise if ":" in advertise else f"{advertise}:{port}"
+    advertise = settings.advertise or (hostname if settings.host in ANY_HOST else bound)
+    address = advertise if has_port(advertise) else join_address(advertise, port)
     return Identity(
         node_id=settings.node_id or f"{hostname}:{port}",
         incarnation=incarnation,

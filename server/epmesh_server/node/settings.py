@@ -13,6 +13,7 @@ DEFAULT_PORT = 7400
 DEFAULT_COORDINATOR = "127.0.0.1:7401"
 DEFAULT_BUFFER_BYTES = 1 << 30
 MAX_NODE_ID_CHARS = 256
+ANY_HOST = ("0.0.0.0", "::", "[::]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class NodeSettings:
         if self.node_id is not None and not 0 < len(self.node_id) <= MAX_NODE_ID_CHARS:
             raise InvalidRequest(f"node id must have 1 to {MAX_NODE_ID_CHARS} characters, not {len(self.node_id)}")
         split_address(self.coordinator, "coordinator")
-        if self.advertise is not None and ":" in self.advertise:
+        if self.advertise is not None and has_port(self.advertise):
             split_address(self.advertise, "advertise")
         if not self.insecure and not is_loopback(self.host):
             raise InvalidRequest(
@@ -80,6 +81,17 @@ def split_address(address: str, what: str) -> tuple[str, int]:
     if not (host and colon and port.isascii() and port.isdigit() and 0 < int(port) <= 65_535):
         raise InvalidRequest(f"{what} is {address!r}; it must be host:port, such as 127.0.0.1:7401")
     return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """``host:port``, with brackets around an IPv6 address."""
+    host = host.strip("[]")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def has_port(address: str) -> bool:
+    """Whether `address` is host:port rather than a host alone, IPv6 or not."""
+    return address.count(":") == 1 or "]:" in address
 
 
 def is_loopback(host: str) -> bool:
