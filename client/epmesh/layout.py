@@ -80,16 +80,19 @@ class Routing:
     """A placement as one source rank of a group uses it.
 
     Attributes:
-        candidates: ``[num_experts, n]`` positions this source may send an expert's rows to, padded with -1.
-        counts: ``[num_experts]`` number of candidates.
+        candidates: ``[num_experts, n]`` positions that an expert's rows may go to, padded with -1; -1 also stands for
+            one that another rank with the same tokens sends to.
+        counts: ``[num_experts]`` number of candidates, those of others included.
         available: ``[num_experts]`` whether any living rank holds the expert.
         replicated: ``[num_experts]`` whether more than one living member holds it.
+        turn: where the turns among candidates start; the same on all ranks with the same tokens.
     """
 
     candidates: Ints
     counts: Ints
     available: npt.NDArray[np.bool_]
     replicated: npt.NDArray[np.bool_]
+    turn: int
 
     @property
     def num_experts(self) -> int:
@@ -97,36 +100,65 @@ class Routing:
         return len(self.counts)
 
 
-def make_routing(placement: Placement, topology: Topology, eligible: Sequence[int]) -> Routing:
+@dataclass(frozen=True)
+class Reach:
+    """Whom a source sends to, and who else holds its tokens.
+
+    Attributes:
+        eligible: positions the source may send to.
+        siblings: positions that hold the same tokens, the source among them.
+        covered: positions that the source or a sibling may send to.
+    """
+
+    eligible: tuple[int, ...]
+    siblings: tuple[int, ...]
+    covered: tuple[int, ...]
+
+
+def make_reach(topology: Topology, stride: int, tensor_parallel_size: int = 1) -> Reach:
+    """The reach of a source whose block of `tensor_parallel_size` ranks holds the same tokens; 1: the source alone."""
+    everyone = tuple(range(topology.world_size))
+    if tensor_parallel_size <= 1:
+        return Reach(everyone, (topology.me,), everyone)
+    blocks = [rank // stride * stride + rank % stride // tensor_parallel_size for rank in topology.ranks]
+    indices = [rank % stride % tensor_parallel_size for rank in topology.ranks]
+    siblings = tuple(position for position in everyone if blocks[position] == blocks[topology.me])
+    present = {indices[position] for position in siblings}
+    return Reach(
+        tuple(position for position in everyone if indices[position] == indices[topology.me]),
+        siblings,
+        tuple(position for position in everyone if indices[position] in present),
+    )
+
+
+def make_routing(placement: Placement, topology: Topology, reach: Reach) -> Routing:
     """Who may get this source's rows: itself before its own node's holders before all others.
+
+    Ranks that hold the same tokens choose alike, as if they were one, and each sends to those it may send to; so every
+    id is computed once. An expert that none of them may send to is not available.
 
     Args:
         placement: by global rank, living or not.
         topology: of the group; its `me` is the source.
-        eligible: positions the source may send to (its tensor-parallel index, or all).
+        reach: whom the source and those with its tokens may send to.
     """
     position_of = {rank: position for position, rank in enumerate(topology.ranks)}
-    chosen: list[list[int]] = []
-    available = np.zeros(placement.num_experts, np.bool_)
-    replicated = np.zeros(placement.num_experts, np.bool_)
-    allowed = frozenset(eligible)
-    for expert, holders in enumerate(placement.holders):
-        alive = sorted(position_of[rank] for rank in holders if rank in position_of)
-        available[expert] = bool(alive)
-        replicated[expert] = len(alive) > 1
-        chosen.append(_nearest([position for position in alive if position in allowed], topology))
+    eligible, covered = frozenset(reach.eligible), frozenset(reach.covered)
+    alive = [sorted(covered & {position_of[r] for r in holders if r in position_of}) for holders in placement.holders]
+    chosen = [_nearest(positions, reach.siblings, topology) for positions in alive]
     counts = np.array([len(positions) for positions in chosen], np.int64)
     candidates = np.full((placement.num_experts, max(1, int(counts.max(initial=1)))), -1, np.int64)
     for expert, positions in enumerate(chosen):
-        candidates[expert, : len(positions)] = positions
-    return Routing(candidates, counts, available, replicated)
+        candidates[expert, : len(positions)] = [p if p in eligible else -1 for p in positions]
+    available = np.array([bool(positions) for positions in alive], np.bool_)
+    replicated = np.array([len(positions) > 1 for positions in alive], np.bool_)
+    return Routing(candidates, counts, available, replicated, min(reach.siblings))
 
 
-def _nearest(positions: list[int], topology: Topology) -> list[int]:
-    if topology.me in positions:
-        return [topology.me]
+def _nearest(positions: list[int], siblings: Sequence[int], topology: Topology) -> list[int]:
+    own = [position for position in positions if position in siblings]
     local = [position for position in positions if topology.slots[position] == topology.slot]
-    return local or positions
+    return own or local or positions
 
 
 @dataclass(frozen=True)
@@ -190,7 +222,7 @@ def routed_layout(topk_ids: npt.NDArray[np.integer], routing: Routing, topology:
     _check_ids(ids, routing)
     wanted = ids >= 0
     safe = np.where(wanted, ids, 0)
-    targets = _choose(safe, wanted, routing, topology.me)
+    targets = _choose(safe, wanted, routing)
     hits = np.zeros((len(ids), topology.world_size + 1), np.bool_)
     np.put_along_axis(hits, np.where(targets < 0, topology.world_size, targets), True, axis=1)
     rows_to = tuple(np.flatnonzero(hits[:, position]) for position in range(topology.world_size))
@@ -236,11 +268,11 @@ def _check_ids(ids: Ints, routing: Routing) -> None:
             raise ExpertUnavailable(map(int, gone))
 
 
-def _choose(ids: Ints, wanted: npt.NDArray[np.bool_], routing: Routing, source: int) -> Ints:
+def _choose(ids: Ints, wanted: npt.NDArray[np.bool_], routing: Routing) -> Ints:
     if routing.candidates.shape[1] == 1:
         return np.where(wanted, routing.candidates[ids, 0], -1)
     counts = np.maximum(routing.counts[ids], 1)
-    turn = (_occurrence(ids) + source) % counts
+    turn = (_occurrence(ids) + routing.turn) % counts
     return np.where(wanted, routing.candidates[ids, turn], -1)
 
 

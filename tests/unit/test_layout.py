@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epmesh.errors import ExpertUnavailable, InvalidRequest
-from epmesh.layout import Topology, broadcast_layout, make_routing, relay_ids, relay_rows, routed_layout
+from epmesh.layout import Topology, broadcast_layout, make_reach, make_routing, relay_ids, relay_rows, routed_layout
 from epmesh.placement import Placement, linear_placement
 
 
@@ -36,7 +36,7 @@ def cases(draw):
 @given(cases())
 def test_every_id_is_computed_by_exactly_one_holder(case):
     topology, placement, ids = case
-    routing = make_routing(placement, topology, range(topology.world_size))
+    routing = make_routing(placement, topology, make_reach(topology, 8))
     layout = routed_layout(ids, routing, topology)
     assert layout.targets is not None
     for row, column in np.ndindex(*ids.shape):
@@ -56,7 +56,7 @@ def test_every_id_is_computed_by_exactly_one_holder(case):
 @given(cases())
 def test_rows_travel_once_per_rank_and_once_per_node(case):
     topology, placement, ids = case
-    layout = routed_layout(ids, make_routing(placement, topology, range(topology.world_size)), topology)
+    layout = routed_layout(ids, make_routing(placement, topology, make_reach(topology, 8)), topology)
     for rows in layout.rows_to:
         assert list(rows) == sorted(set(rows))
     for slot, rows in layout.rows_to_node.items():
@@ -67,7 +67,7 @@ def test_rows_travel_once_per_rank_and_once_per_node(case):
 @given(cases())
 def test_a_relay_passes_on_just_what_the_source_meant(case):
     topology, placement, ids = case
-    layout = routed_layout(ids, make_routing(placement, topology, range(topology.world_size)), topology)
+    layout = routed_layout(ids, make_routing(placement, topology, make_reach(topology, 8)), topology)
     for slot, rows in layout.rows_to_node.items():
         codes = layout.codes_to_node[slot]
         for index, position in enumerate(topology.members[slot]):
@@ -105,7 +105,7 @@ def test_replicas_prefer_the_same_rank_then_the_same_node_then_take_turns():
 
     def counts(ranks, slots, me):
         topology = Topology(ranks, slots, me)
-        layout = routed_layout(ids, make_routing(placement, topology, range(len(ranks))), topology)
+        layout = routed_layout(ids, make_routing(placement, topology, make_reach(topology, 8)), topology)
         return [len(rows) for rows in layout.rows_to]
 
     assert counts((0, 1, 8, 9), (0, 0, 1, 1), 1) == [0, 8, 0, 0]
@@ -115,23 +115,52 @@ def test_replicas_prefer_the_same_rank_then_the_same_node_then_take_turns():
 
 def test_ids_of_tensor_parallel_siblings_pass_unchanged():
     topology = Topology((0, 1), (0, 0), 0)
-    routing = make_routing(linear_placement(4, (0, 1)), topology, eligible=[0])
+    routing = make_routing(linear_placement(4, (0, 1)), topology, make_reach(topology, 8, 2))
     layout = routed_layout(np.array([[0, 3], [2, 3]]), routing, topology)
     assert [list(rows) for rows in layout.rows_to] == [[0], []]
     assert layout.ids_for(np.array([[0, 3], [2, 3]]), 0).tolist() == [[0, 3]]
 
 
+@given(st.data())
+def test_ranks_with_the_same_tokens_together_compute_every_id_once(data):
+    size, nodes = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    ranks = [slot * 8 + local for slot in range(nodes) for local in range(size * data.draw(st.integers(1, 2)))]
+    held = st.lists(st.sampled_from(ranks), min_size=1, max_size=4, unique=True)
+    holders = [data.draw(held) for _ in range(4)]
+    placement = Placement(4, {r: tuple(e for e in range(4) if r in holders[e]) for r in ranks})
+    ids = np.array(data.draw(st.lists(st.integers(-1, 3), min_size=8, max_size=8))).reshape(4, 2)
+    first = data.draw(st.sampled_from([position for position, rank in enumerate(ranks) if rank % 8 % size == 0]))
+    targets = []
+    for me in range(first, first + size):
+        topology = Topology(tuple(ranks), tuple(rank // 8 for rank in ranks), me)
+        reach = make_reach(topology, 8, size)
+        assert reach.siblings == tuple(range(first, first + size))
+        layout = routed_layout(ids, make_routing(placement, topology, reach), topology)
+        assert layout.targets is not None
+        assert set(layout.targets[layout.targets >= 0]) <= set(reach.eligible)
+        targets.append(layout.targets)
+    assert np.array_equal((np.stack(targets) >= 0).sum(0), ids >= 0)
+
+
+def test_experts_that_no_rank_with_these_tokens_may_send_to_are_not_available():
+    topology = Topology((0, 8, 9), (0, 1, 1), 0)  # rank 1, which would send to rank 9, is dead
+    routing = make_routing(linear_placement(3, (0, 8, 9)), topology, make_reach(topology, 8, 2))
+    with pytest.raises(ExpertUnavailable) as caught:
+        routed_layout(np.array([[0, 1], [1, 2]]), routing, topology)
+    assert caught.value.experts == (2,)
+
+
 @pytest.mark.parametrize("bad", [-2, 4])
 def test_an_id_out_of_range_is_named_with_its_row(bad):
     topology = Topology((0,), (0,), 0)
-    routing = make_routing(linear_placement(4, (0,)), topology, [0])
+    routing = make_routing(linear_placement(4, (0,)), topology, make_reach(topology, 8))
     with pytest.raises(InvalidRequest, match=rf"topk_ids has {bad} in row 1; ids are -1 \(none\) to 3"):
         routed_layout(np.array([[0], [bad]]), routing, topology)
 
 
 def test_experts_without_a_living_holder_are_all_named():
     topology = Topology((0,), (0,), 0)
-    routing = make_routing(linear_placement(6, (0, 1, 2)), topology, [0])
+    routing = make_routing(linear_placement(6, (0, 1, 2)), topology, make_reach(topology, 8))
     with pytest.raises(ExpertUnavailable) as caught:
         routed_layout(np.array([[0, 5], [3, -1]]), routing, topology)
     assert caught.value.experts == (3, 5)

@@ -14,7 +14,7 @@ import torch
 
 from epmesh.communicator import Communicator, Handle
 from epmesh.errors import InvalidRequest, MeshUnavailable, NotReady
-from epmesh.layout import Layout, Routing, broadcast_layout, make_routing, routed_layout
+from epmesh.layout import Layout, Reach, Routing, broadcast_layout, make_reach, make_routing, routed_layout
 from epmesh.placement import Placement, linear_placement
 from epmesh.view import View
 from epmesh_server.ranks import arguments as args
@@ -220,7 +220,8 @@ class JoinedCommunicator(Communicator):
         def layout() -> Layout:
             args.check_rows(tensors, ("hidden_states", "router_logits"))
             args.check_static(static, len(hidden_states), self._rank_process.max_tokens_per_rank)
-            return broadcast_layout(len(hidden_states), self._member.topology, self._eligible(is_sequence_parallel))
+            reach = self._reach(is_sequence_parallel)
+            return broadcast_layout(len(hidden_states), self._member.topology, reach.eligible)
 
         what = f"layer={layer} is_sequence_parallel={is_sequence_parallel}"
         request = self._request("dispatch_router_logits", tensors, 2, extra_tensors is not None, layout, what, static)
@@ -243,8 +244,8 @@ class JoinedCommunicator(Communicator):
             args.check_static(static, len(tensors[0]), self._rank_process.max_tokens_per_rank)
             routing = self._routing(layer, is_sequence_parallel)
             if routing is None:
-                eligible = self._eligible(is_sequence_parallel)
-                return broadcast_layout(len(tensors[0]), self._member.topology, eligible)
+                reach = self._reach(is_sequence_parallel)
+                return broadcast_layout(len(tensors[0]), self._member.topology, reach.eligible)
             return routed_layout(tensors[2].contiguous().numpy(), routing, self._member.topology)
 
         what = f"layer={layer} is_sequence_parallel={is_sequence_parallel}"
@@ -313,18 +314,15 @@ class JoinedCommunicator(Communicator):
         key = (view.epoch, layer, is_sequence_parallel)
         if key not in self._routings:
             placement = view.placement(layer)
-            eligible = self._eligible(is_sequence_parallel)
+            reach = self._reach(is_sequence_parallel)
             self._routings = {old: routing for old, routing in self._routings.items() if old[0] == view.epoch}
-            self._routings[key] = make_routing(placement, self._member.topology, eligible) if placement else None
+            self._routings[key] = make_routing(placement, self._member.topology, reach) if placement else None
         return self._routings[key]
 
-    def _eligible(self, is_sequence_parallel: bool) -> list[int]:
-        """Positions rows may go to: all, or those that share this rank's tensor-parallel index."""
-        view, size = self._member.view, self._member.view.tensor_parallel_size
-        if is_sequence_parallel or size <= 1:
-            return list(range(self.world_size))
-        mine = self.global_rank % view.stride % size
-        return [position for position, rank in enumerate(self.ranks) if rank % view.stride % size == mine]
+    def _reach(self, is_sequence_parallel: bool) -> Reach:
+        """Whom this rank's rows may go to: all, or those that share its tensor-parallel index."""
+        view = self._member.view
+        return make_reach(self._member.topology, view.stride, 1 if is_sequence_parallel else view.tensor_parallel_size)
 
     # Membership ------------------------------------------------------------------------------------------------
 
