@@ -44,7 +44,8 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 def _parts(tensor: torch.Tensor) -> tuple[bytes, torch.dtype, tuple[int, ...]]:
     import torch
 
-    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))  # a dimension of length 1 may have any stride
+    raw = flat.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
     return raw, tensor.dtype, tuple(tensor.shape)
 
 
