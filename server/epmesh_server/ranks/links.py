@@ -119,7 +119,8 @@ class LinkHub:
         self._dealers: dict[Peer, zmq.Socket[bytes]] = {}
         self._numbers: dict[tuple[int, int], itertools.count[int]] = {}  # (peer, epoch) -> next message's number
         self._expected: dict[tuple[int, int, int], int] = {}  # (source, incarnation, epoch) -> next number
-        self._inboxes: dict[tuple[int, int], Inbox] = {}
+        self._inboxes: dict[tuple[int, int], Inbox] = {}  # (group, epoch); also of epochs not adopted yet
+        self._current: dict[int, int] = {}  # group -> adopted epoch
         self._pollers: dict[tuple[int, ...], zmq.Poller] = {}
         self._names = itertools.count()
         self._watcher = _Watcher(self._set_unreachable)
@@ -131,6 +132,7 @@ class LinkHub:
     def inbox(self, group_id: int, epoch: int) -> Inbox:
         """The inbox of a group in one membership epoch; those of older epochs of the group are dropped."""
         with self._receive_lock:
+            self._current[group_id] = epoch
             for key in [key for key in self._inboxes if key[0] == group_id and key[1] < epoch]:
                 del self._inboxes[key]
             return self._inboxes.setdefault((group_id, epoch), Inbox())
@@ -138,6 +140,7 @@ class LinkHub:
     def drop_inbox(self, group_id: int) -> None:
         """Forgets a group."""
         with self._receive_lock:
+            self._current.pop(group_id, None)
             for key in [key for key in self._inboxes if key[0] == group_id]:
                 del self._inboxes[key]
 
@@ -236,8 +239,7 @@ class LinkHub:
         header = message.header
         if header.mesh_id != self.mesh_id:
             raise InvalidRequest(f"a frame of mesh {header.mesh_id[:32]!r}; this is {self.mesh_id!r}")
-        known = [epoch for group, epoch in self._inboxes if group == header.group_id]
-        if known and header.epoch < max(known):
+        if header.epoch < self._current.get(header.group_id, 0):
             raise InvalidRequest(f"a frame of epoch {header.epoch} from rank {header.source}; it is over")
         inbox = self._inboxes.setdefault((header.group_id, header.epoch), Inbox())
         sender = (header.source, header.incarnation, header.epoch)
