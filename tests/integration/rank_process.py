@@ -23,7 +23,8 @@ import zmq
 
 from epmesh.v1 import rank_service_pb2, rank_service_pb2_grpc
 from epmesh_server.shared_memory import ControlPage
-from tests.integration.fake_coordinator import ask_descriptors, declaration, soon
+from tests.integration.raw_rank import ask_descriptors, declaration
+from tests.integration.waiting import soon
 
 
 class RankProcess:

@@ -24,7 +24,8 @@ import grpc
 import pytest
 
 from epmesh.v1 import rank_service_pb2, rank_service_pb2_grpc
-from tests.integration.fake_coordinator import PATIENCE_S, RawRank, on_event_loop
+from tests.integration.raw_rank import RawRank
+from tests.integration.waiting import PATIENCE_S, on_event_loop
 
 STOP_BOUND_S = 4 * 2.0
 _numbers = itertools.count(1)
@@ -260,7 +261,9 @@ def test_a_node_may_be_started_before_its_coordinator(shell: Shell) -> None:
     node = shell.start("serve", "--coordinator", shell.coordinator)
     node.line("coordinator is away")
     assert shell.status()["epoch"] == 0
-    assert "no view yet" in shell.run("status").output
+    table = shell.run("status").output
+    assert "no view yet" in table
+    assert f"the coordinator at {shell.coordinator} is out of reach" in table
     shell.start("coordinator")
     node.line("registered at")
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import mmap
 import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from epmesh.errors import (
-    EpmeshError,
-    InvalidRequest,
-    MeshUnavailable,
-    NotReady,
-    StaleEpoch,
-    Unauthenticated,
-    from_rpc_error,
-)
+from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, StaleEpoch, Unauthenticated
 from epmesh.v1 import (
     discovery_service_pb2,
     discovery_service_pb2_grpc,
@@ -37,65 +27,17 @@ from epmesh.v1 import (
     store_service_pb2,
     store_service_pb2_grpc,
 )
-from tests.integration.fake_coordinator import (
-    EP,
-    PATIENCE_S,
-    WORLD,
-    FakeCoordinator,
-    FakeSession,
-    NodeUnderTest,
-    RawRank,
-    ask_descriptors,
-    node_service,
-    on_event_loop,
-    serving,
-    soon,
-    until,
-)
+from tests.integration.fake_coordinator import EP, FakeCoordinator, serving
+from tests.integration.node_under_test import mesh, node_service, typed
 from tests.integration.rank_process import rank_process
+from tests.integration.raw_rank import RawRank
+from tests.integration.waiting import PATIENCE_S, on_event_loop, soon, until
 
 STOPPED_BOUND_S = 4 * 2.0  # four times what is promised for a stopped process
 KILLED_BOUND_S = 4 * 0.5  # ... and for a killed one
 
 
-class Mesh:
-    """A node service, its fake coordinator, and the control stream between them."""
-
-    def __init__(self, fake: FakeCoordinator, node: NodeUnderTest, session: FakeSession) -> None:
-        self.fake = fake
-        self.node = node
-        self.session = session
-        self.exit = contextlib.AsyncExitStack()
-
-    async def rank(self, incarnation: int, **options: Any) -> RawRank:
-        """One more rank in this process."""
-        return await self.exit.enter_async_context(self.node.rank(incarnation=incarnation, **options))
-
-    async def commit(self, epoch: int, ranks: list[int], **options: Any) -> None:
-        """Commits a view with these ranks, which must be those the node reports."""
-        await self.session.expect_ranks(ranks)
-        await self.session.commit(self.session.make_view(epoch, **options))
-
-
-@contextlib.asynccontextmanager
-async def mesh(**settings: Any) -> AsyncIterator[Mesh]:
-    fake = FakeCoordinator()
-    async with serving(fake) as coordinator, node_service(coordinator, **settings) as node:
-        made = Mesh(fake, node, await fake.session())
-        async with made.exit:
-            yield made
-
-
-async def typed(call: Any, error: type[EpmeshError]) -> str:
-    """Awaits a call that must fail with a typed error; returns its text."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await soon(call)
-    found = from_rpc_error(caught.value, "call")
-    assert type(found) is error
-    return str(found)
-
-
-# Ranks ---------------------------------------------------------------------------------------------------------
+# Ranks ------------------------------------------------------------------------------------------------------------
 
 
 @on_event_loop
@@ -245,306 +187,7 @@ async def test_a_process_that_holds_its_gil_is_late_not_dead() -> None:
             assert [entry.rank.rank for entry in m.session.ranks] == [0, 1]
 
 
-# Commits -------------------------------------------------------------------------------------------------------
-
-
-@on_event_loop
-async def test_prepare_raises_fences_before_it_reads_what_has_begun() -> None:
-    async with mesh() as m:
-        first, second = await m.rank(1), await m.rank(2)
-        await m.commit(1, [0, 1])
-        pages = [await first.page(), await second.page()]
-        rows = [page.open_group(EP, 0) for page in pages]
-        rows[0].begun, rows[1].begun = 7, 5
-        rows[0].completed, rows[1].completed = 4, 3
-        prepared = await m.session.prepare(2)
-        assert [page.fence for page in pages] == [2, 2]
-        assert [page.committed for page in pages] == [1, 1]
-        shown = {entry.group_id: (entry.begun, entry.completed) for entry in prepared.progress}
-        assert shown == {WORLD: (0, 0), EP: (7, 3)}
-
-
-@on_event_loop
-async def test_prepare_shows_the_coordinators_losses() -> None:
-    async with mesh() as m:
-        first, _ = await m.rank(1), await m.rank(2)
-        await m.commit(1, [0, 1])
-        page = await first.page()
-        await m.session.prepare(2, lost=[1, 99])
-        assert page.lost() == {1}  # 99 is in no view
-
-
-@pytest.mark.parametrize("counter", ["dispatched", "completed"])
-@on_event_loop
-async def test_finish_waits_until_the_cut_is_reached(counter: str) -> None:
-    async with mesh() as m:
-        rank = await m.rank(1)
-        await m.commit(1, [0])
-        page = await rank.page()
-        row = page.open_group(EP, 0)
-        row.begun = 2
-        row.dispatched = row.completed = 1
-        await m.session.prepare(2)
-        m.session.finish(2, {EP: 2}, members_unchanged=counter == "dispatched")
-        await until(lambda: page.cut_epoch == 2)
-        assert row.cut == 2
-        assert m.session.reports.empty()
-        setattr(row, counter, 2)
-        finished = await m.session.expect("finished")
-        assert finished.epoch == 2
-
-
-@on_event_loop
-async def test_finish_gives_up_at_its_time_limit() -> None:
-    async with mesh() as m:
-        rank = await m.rank(1)
-        await m.commit(1, [0])
-        row = (await rank.page()).open_group(EP, 0)
-        row.begun = 2
-        await m.session.prepare(2)
-        m.session.finish(2, {EP: 2}, timeout_s=0.05)
-        finished = await m.session.expect("finished")
-        assert {entry.group_id: entry.completed for entry in finished.progress}[EP] == 0
-
-
-@on_event_loop
-async def test_finish_with_abort_waits_for_nobody() -> None:
-    async with mesh() as m:
-        rank = await m.rank(1)
-        await m.commit(1, [0])
-        page = await rank.page()
-        page.open_group(EP, 0).begun = 2
-        await m.session.prepare(2)
-        m.session.finish(2, {EP: 2}, abort=True)
-        await m.session.expect("finished")
-        assert page.abort_epoch == 2
-
-
-@on_event_loop
-async def test_a_rank_that_begins_after_finish_still_finds_the_cut() -> None:
-    async with mesh() as m:
-        rank = await m.rank(1)
-        await m.commit(1, [0])
-        page = await rank.page()
-        await m.session.prepare(2)
-        m.session.finish(2, {EP: 3}, members_unchanged=True)
-        await m.session.expect("finished")
-        row = page.open_group(EP, 0)
-        row.begun = 1
-        await until(lambda: row.cut == 3)
-
-
-@on_event_loop
-async def test_another_prepare_ends_a_wait_for_the_cut() -> None:
-    async with mesh() as m:
-        rank = await m.rank(1)
-        await m.commit(1, [0])
-        page = await rank.page()
-        page.open_group(EP, 0).begun = 2
-        await m.session.prepare(2)
-        m.session.finish(2, {EP: 2})
-        await until(lambda: page.cut_epoch == 2)
-        assert (await m.session.prepare(3)).epoch == 3
-        assert page.fence == 3
-        m.session.finish(3, {EP: 2}, abort=True)
-        assert (await m.session.expect("finished")).epoch == 3
-
-
-@on_event_loop
-async def test_commit_shows_the_epoch_and_sends_the_view() -> None:
-    async with mesh() as m:
-        rank = await m.rank(1)
-        page = await rank.page()
-        await m.commit(5, [0])
-        assert (await rank.view(5)).epoch == 5
-        assert page.committed == 5
-        assert page.fence >= 5
-        late = await m.rank(2)
-        assert (await late.view(5)).epoch == 5
-        assert (await late.page()).committed == 5
-
-
-@on_event_loop
-async def test_commit_clears_losses_that_the_view_no_longer_has() -> None:
-    async with mesh() as m:
-        first, second = await m.rank(1), await m.rank(2)
-        await m.commit(1, [0, 1])
-        page = await first.page()
-        await second.hang_up()
-        await until(lambda: page.lost() == {1})
-        await m.commit(2, [0])
-        assert page.lost() == frozenset()
-        assert page.committed == 2
-
-
-@on_event_loop
-async def test_a_rank_that_dies_while_its_view_is_being_committed_stays_lost() -> None:
-    async with mesh() as m:
-        first, second = await m.rank(1), await m.rank(2)
-        await m.session.expect_ranks([0, 1])
-        view = m.session.make_view(1)
-        await second.hang_up()
-        await m.session.expect_ranks([0])
-        await m.session.commit(view)
-        assert (await first.page()).lost() == {1}
-
-
-@on_event_loop
-async def test_a_member_that_a_view_leaves_out_is_evicted() -> None:
-    async with mesh() as m:
-        first, second = await m.rank(1), await m.rank(2)
-        await m.commit(1, [0, 1])
-        page, kept = await second.page(), await first.page()
-        del m.session.ranks[1]
-        await m.session.commit(m.session.make_view(2))
-        assert page.closed
-        assert not kept.closed
-        with pytest.raises(StaleEpoch, match="rank 1 is no member of epoch 2"):
-            await second.view(3)
-        await m.session.expect_ranks([0])
-
-
-@on_event_loop
-async def test_evict_ends_the_named_process_with_its_reason() -> None:
-    async with mesh() as m:
-        await m.rank(1)
-        second = await m.rank(2)
-        await m.session.expect_ranks([0, 1])
-        refusal = InvalidRequest("layer 3 has 8 experts, not 9")
-        stale = membership_service_pb2.RankIncarnation(rank=0, incarnation=99)
-        named = membership_service_pb2.RankIncarnation(rank=1, incarnation=2)
-        m.session.command(evict=membership_service_pb2.Evict(error=refusal.to_proto(), ranks=[stale, named]))
-        with pytest.raises(InvalidRequest, match="layer 3 has 8 experts"):
-            await second.view(1)
-        await m.session.expect_ranks([0])
-
-
-@on_event_loop
-async def test_unreachable_peers_are_passed_on_under_the_reporters_number() -> None:
-    async with mesh() as m:
-        rank = await m.rank(1)
-        failure = membership_service_pb2.LinkFailure(target=9, target_incarnation=4)
-        await rank.send(unreachable=rank_service_pb2.UnreachablePeers(failures=[failure]))
-        while not (report := await m.session.expect("links")).failures:
-            pass
-        assert [(one.reporter, one.target, one.target_incarnation) for one in report.failures] == [(0, 9, 4)]
-        await rank.hang_up()
-        assert not (await m.session.expect("links")).failures
-
-
-# Buffers and descriptors ---------------------------------------------------------------------------------------
-
-
-@on_event_loop
-async def test_buffers_are_the_same_memory_for_all_members_and_new_in_every_membership() -> None:
-    async with mesh() as m:
-        first = await m.rank(1)
-        async with rank_process(await m.node.describe(), incarnation=2) as other:
-            await m.commit(1, [0, 1])
-            assert await other.ask(f"write {EP} 1 hello") == "written"
-            answer, fds = await first.buffers(EP, 1)
-            assert list(answer.ranks) == [0, 1]
-            assert len(fds) == 3
-            section = answer.memfd_bytes // 2
-            with mmap.mmap(fds[0], answer.memfd_bytes) as memory:
-                assert memory[section : section + 5] == b"hello"
-            await m.session.commit(m.session.make_view(2, membership_epoch=1))
-            _, kept = await first.buffers(EP, 1)
-            assert os.fstat(kept[0]).st_ino == os.fstat(fds[0]).st_ino
-            await m.session.commit(m.session.make_view(3))
-            answer, renewed = await first.buffers(EP, 3)
-            assert os.fstat(renewed[0]).st_ino != os.fstat(fds[0]).st_ino
-            with mmap.mmap(renewed[0], answer.memfd_bytes) as memory:
-                assert memory[section : section + 5] == bytes(5)
-            with pytest.raises(StaleEpoch, match="membership epoch 1 is over"):
-                await first.buffers(EP, 1)
-
-
-@on_event_loop
-async def test_nobody_can_shrink_a_buffer_under_the_others() -> None:
-    async with mesh() as m:
-        rank = await m.rank(1)
-        await m.commit(1, [0])
-        answer, fds = await rank.buffers(WORLD, 1)
-        assert os.fstat(fds[0]).st_size == answer.memfd_bytes
-        with pytest.raises(PermissionError):
-            os.ftruncate(fds[0], 0)
-
-
-@on_event_loop
-async def test_buffers_of_unknown_groups_epochs_and_strangers_are_refused() -> None:
-    async with mesh() as m:
-        rank = await m.rank(1)
-        with pytest.raises(NotReady, match="no view yet"):
-            await rank.buffers(EP, 1)
-        await m.commit(1, [0])
-        with pytest.raises(InvalidRequest, match="no group with id 77"):
-            await rank.buffers(77, 1)
-        with pytest.raises(NotReady, match="membership epoch 2"):
-            await rank.buffers(EP, 2)
-        stranger = await m.rank(2)
-        with pytest.raises(InvalidRequest, match="rank 1 is not in group 'ep'"):
-            await stranger.buffers(EP, 1)
-
-
-@pytest.mark.parametrize(
-    ("datagram", "error", "said"),
-    [
-        (rank_service_pb2.DescriptorRequest(token=b"guess"), Unauthenticated, "token"),
-        (rank_service_pb2.DescriptorRequest(control_page=rank_service_pb2.ControlPage()), Unauthenticated, "token"),
-        (b"\xff" * 64, InvalidRequest, "no DescriptorRequest"),
-        (b"\0" * 5000, InvalidRequest, "at most 4096 bytes"),
-    ],
-    ids=["guess", "nothing", "noise", "oversize"],
-)
-@on_event_loop
-async def test_bad_datagrams_are_refused_typed(
-    datagram: rank_service_pb2.DescriptorRequest | bytes, error: type[EpmeshError], said: str
-) -> None:
-    async with mesh() as m:
-        await m.rank(1)
-        path = Path((await m.node.describe()).descriptor_socket)
-        with pytest.raises(error, match=said):
-            await asyncio.to_thread(ask_descriptors, path, datagram)
-
-
-@on_event_loop
-async def test_the_token_of_a_rank_that_left_opens_nothing() -> None:
-    async with mesh() as m:
-        rank = await m.rank(1)
-        await rank.page()
-        await rank.send(close=rank_service_pb2.CloseRank())
-        while m.session.ranks or m.session.reports.qsize():
-            await m.session.expect("ranks")
-        with pytest.raises(Unauthenticated):
-            await rank.page()
-
-
-@on_event_loop
-async def test_silent_connections_do_not_hurt() -> None:
-    async with mesh() as m:
-        node = await m.node.registered()
-        silent = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(50)]
-        try:
-            for connection in silent:
-                connection.connect(node.descriptor_socket)
-            rank = await m.rank(1)
-            assert not (await rank.page()).closed
-        finally:
-            for connection in silent:
-                connection.close()
-
-
-@on_event_loop
-async def test_sockets_are_for_this_user_alone() -> None:
-    async with mesh() as m:
-        node = await m.node.describe()
-        for path in map(Path, (node.grpc_socket, node.descriptor_socket)):
-            assert path.is_socket()
-            assert path.parent.stat().st_mode & 0o777 == 0o700
-
-
-# Store, discovery, groups, health ------------------------------------------------------------------------------
+# Store, discovery, groups, health ---------------------------------------------------------------------------------
 
 
 @on_event_loop
@@ -612,7 +255,7 @@ async def test_health_says_serving_once_there_is_a_view() -> None:
         watch.cancel()
 
 
-# The coordinator goes and comes --------------------------------------------------------------------------------
+# The coordinator goes and comes -----------------------------------------------------------------------------------
 
 
 @on_event_loop
@@ -705,7 +348,7 @@ async def test_a_recovering_coordinator_is_asked_again() -> None:
         assert (await node.registered()).registered
 
 
-# The end -------------------------------------------------------------------------------------------------------
+# The end ----------------------------------------------------------------------------------------------------------
 
 
 @on_event_loop

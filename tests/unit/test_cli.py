@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from epmesh.errors import InvalidRequest, MeshUnavailable
 from epmesh.placement import Placement
+from epmesh.v1 import rank_service_pb2
 from epmesh.view import GroupInfo, NodeInfo, RankInfo, RankMode, View
 from epmesh_server.cli import app as app_module
 from epmesh_server.cli import main, serving
@@ -212,6 +213,14 @@ def test_json_has_everything_and_survives_a_parser() -> None:
     assert first["experts"] == [{"layer": None, "experts": [0, 1, 2, 5]}]
     assert document["placements"][0] == {"layer": None, "num_experts": 8, "experts_without_holder": [3, 4, 6, 7]}
     assert document["groups"][0]["declared_ranks"] == [0, 1, 8]
+
+
+def test_a_coordinator_out_of_reach_is_said() -> None:
+    node = rank_service_pb2.DescribeNodeResponse(node_id="left", coordinator_address="10.0.0.9:7401")
+    console = Console(file=io.StringIO(), width=140)
+    console.print(view_as_tables(VIEW, node))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "the coordinator at 10.0.0.9:7401 is out of reach of left" in shown
 
 
 def test_before_the_first_view_that_is_said() -> None:

@@ -14,7 +14,7 @@ class DescribeNodeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeNodeResponse(_message.Message):
-    __slots__ = ("node_id", "incarnation", "slot", "registered", "mesh_id", "grpc_socket", "descriptor_socket", "coordinator_address", "link_host", "version")
+    __slots__ = ("node_id", "incarnation", "slot", "registered", "mesh_id", "grpc_socket", "descriptor_socket", "coordinator_address", "link_host", "version", "coordinator_reachable")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class DescribeNodeResponse(_message.Message):
     COORDINATOR_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LINK_HOST_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_REACHABLE_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     incarnation: int
     slot: int
@@ -35,7 +36,8 @@ class DescribeNodeResponse(_message.Message):
     coordinator_address: str
     link_host: str
     version: str
-    def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., slot: _Optional[int] = ..., registered: bool = ..., mesh_id: _Optional[str] = ..., grpc_socket: _Optional[str] = ..., descriptor_socket: _Optional[str] = ..., coordinator_address: _Optional[str] = ..., link_host: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+    coordinator_reachable: bool
+    def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., slot: _Optional[int] = ..., registered: bool = ..., mesh_id: _Optional[str] = ..., grpc_socket: _Optional[str] = ..., descriptor_socket: _Optional[str] = ..., coordinator_address: _Optional[str] = ..., link_host: _Optional[str] = ..., version: _Optional[str] = ..., coordinator_reachable: bool = ...) -> None: ...
 
 class OpenRank(_message.Message):
     __slots__ = ("local_rank", "pid", "declaration")

@@ -13,7 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
 from epmesh.errors import DeadlineExceeded, EpmeshError, MeshUnavailable, from_rpc_error
-from epmesh.v1 import discovery_service_pb2, discovery_service_pb2_grpc
+from epmesh.v1 import discovery_service_pb2, discovery_service_pb2_grpc, rank_service_pb2, rank_service_pb2_grpc
 from epmesh.view import View
 from epmesh_server.cli.tables import view_as_dict, view_as_tables
 from epmesh_server.node.rpc import CHANNEL_OPTIONS
@@ -41,7 +41,16 @@ def show(address: str, *, as_json: bool, watch: bool) -> None:
             elif watch:
                 _live(_views(stub, view, address))
             else:
-                Console().print(view_as_tables(view))
+                Console().print(view_as_tables(view, _describe(channel)))
+
+
+def _describe(channel: grpc.Channel) -> rank_service_pb2.DescribeNodeResponse | None:
+    """What a node service says of itself; `None` where the address is a coordinator's."""
+    stub = rank_service_pb2_grpc.RankServiceStub(channel)
+    try:
+        return stub.DescribeNode(rank_service_pb2.DescribeNodeRequest(), timeout=_TIMEOUT_S)
+    except grpc.RpcError:
+        return None
 
 
 def _get_view(stub: discovery_service_pb2_grpc.DiscoveryServiceStub, address: str) -> View:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from epmesh.placement import Placement
+from epmesh.v1 import rank_service_pb2
 from epmesh.view import NodeInfo, View
 
 _MAX_LAYERS_SHOWN = 4
@@ -48,14 +49,14 @@ def view_as_dict(view: View) -> dict[str, Any]:
     }
 
 
-def view_as_tables(view: View) -> RenderableType:
-    """The view for a terminal."""
+def view_as_tables(view: View, node: rank_service_pb2.DescribeNodeResponse | None = None) -> RenderableType:
+    """The view for a terminal; `node` is the node service that was asked, where it was one."""
     head = Text.assemble(
         ("epoch ", "dim"), str(view.epoch), ("   nodes ", "dim"), str(len(view.nodes)), ("   ranks ", "dim"),
         str(len(view.ranks)), ("   stride ", "dim"), str(view.stride), ("   mesh ", "dim"), view.mesh_id,
     )  # fmt: skip
     parts: list[RenderableType] = [head, _rank_table(view), _group_table(view)]
-    parts += [Text(line, style="bold red") for line in _warnings(view)]
+    parts += [Text(line, style="bold red") for line in _warnings(view, node)]
     return Group(*parts)
 
 
@@ -117,8 +118,11 @@ def _experts(view: View, rank: int) -> str:
     return "; ".join([*shown[:_MAX_LAYERS_SHOWN], *([f"{more} more layers"] if more > 0 else [])]) or _NOTHING
 
 
-def _warnings(view: View) -> list[str]:
-    lines = [] if view.epoch else ["no view yet: the coordinator has not committed one, or is out of reach"]
+def _warnings(view: View, node: rank_service_pb2.DescribeNodeResponse | None) -> list[str]:
+    lines = [] if view.epoch else ["no view yet: no coordinator has committed one"]
+    if node is not None and not node.coordinator_reachable:
+        who = f"the coordinator at {node.coordinator_address} is out of reach of {node.node_id}"
+        lines.append(f"{who}: nobody can join or leave, exchanges go on")
     for layer, placement in _by_layer(view):
         missing = orphans(view, placement)
         if missing:

@@ -79,6 +79,11 @@ class CoordinatorLink:
         if self._session:
             self._session.send(wire.NodeSessionRequest(links=self._node.link_report()))
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is a control stream."""
+        return self._session is not None
+
     async def run(self, identity: Identity) -> None:
         """Registers and serves sessions until cancelled, or until it left.
 

@@ -144,6 +144,7 @@ class Node:
             coordinator_address=self._settings.coordinator,
             link_host=self._settings.link_host or split_address(self._identity.address, "advertise")[0],
             version=self._identity.version,
+            coordinator_reachable=self._link.connected,
         )
 
     async def _listen_tcp(self) -> str:
