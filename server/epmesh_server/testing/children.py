@@ -15,6 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -40,11 +41,41 @@ _STOPPED_STATES = frozenset("Tt")
 
 
 @functools.cache
-def fork_server() -> ForkServerContext:
-    """The context all children come from; its server starts with the first of them and ends with this process."""
+def _fork_server() -> ForkServerContext:
+    """The context all children come from."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOAD))
     return context
+
+
+def start_fork_server() -> bool:
+    """Starts the fork server if there is none, without waiting for its imports; it ends with this process.
+
+    Ctrl-C reaches every process of a terminal. It is blocked in this one from its first instruction: what it means is
+    its owner's to say.
+
+    Returns:
+        Whether there was none.
+    """
+    _fork_server()
+    resource_tracker.ensure_running()  # here, because to start it unblocks the signal
+    server: Any = forkserver._forkserver
+    before = server._forkserver_pid
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return bool(server._forkserver_pid != before)
+
+
+def stop_fork_server() -> None:
+    """Ends the fork server, and with it whatever child is left; returns when it is gone."""
+    server: Any = forkserver._forkserver
+    if server._forkserver_pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server._forkserver_pid, signal.SIGKILL)  # it holds nothing that wants tidying up
+        server._stop()
 
 
 class Child:
@@ -54,8 +85,9 @@ class Child:
         """Starts ``entry(pipe, *args)`` in a new process; `entry` is module-level."""
         self.name = name
         self.pipe: Connection[Any, Any]
-        self.pipe, theirs = fork_server().Pipe()
-        self._process = fork_server().Process(target=run_child, args=(entry, theirs, *args), name=name, daemon=True)
+        start_fork_server()
+        self.pipe, theirs = _fork_server().Pipe()
+        self._process = _fork_server().Process(target=run_child, args=(entry, theirs, *args), name=name, daemon=True)
         self._process.start()
         theirs.close()
         self.paused = False
