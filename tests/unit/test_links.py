@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import zmq
 
+from epmesh.frames import Message
 from epmesh.v1 import frame_pb2
 from epmesh_server.ranks.links import Inbox, LinkHub
 
@@ -45,6 +46,18 @@ class Pair:
             assert time.monotonic() < deadline, "nothing came"
             self.receiver.wait(inbox, (), 0.1)
 
+    def next(self, inbox: Inbox) -> Message:
+        """The message with sequence number 1."""
+        found: list[Message] = []
+
+        def ready() -> bool:
+            message = inbox.take(COLLECTIVE, 1, 0, 0)
+            found.extend([message] if message else [])
+            return bool(found)
+
+        self.await_(ready, inbox)
+        return found[0]
+
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
@@ -57,10 +70,9 @@ def pair() -> Iterator[Pair]:
 def test_a_message_arrives_with_its_tensors_and_its_sender(pair: Pair) -> None:
     inbox = pair.receiver.inbox(GROUP, EPOCH)
     pair.send(data=b"rows")
-    taken = []
-    pair.await_(lambda: taken or taken.extend(filter(None, [inbox.take(COLLECTIVE, 1, 0, 0)])) or taken, inbox)
-    assert (taken[0].header.source, taken[0].header.incarnation) == (0, 11)
-    assert bytes(taken[0].tensors[0]) == b"rows"
+    message = pair.next(inbox)
+    assert (message.header.source, message.header.incarnation) == (0, 11)
+    assert bytes(message.tensors[0]) == b"rows"
     assert inbox.take(COLLECTIVE, 1, 0, 0) is None
 
 

@@ -89,11 +89,15 @@ class GroupMember:
         while True:
             self.row.begun = sequence
             self.session.page.barrier()
-            if self._may_begin(sequence):
+            may_begin = False
+            try:
+                may_begin = self._may_begin(sequence)
+            finally:
+                if not may_begin:
+                    self.row.begun = sequence - 1
+            if may_begin:
                 self._open.add(sequence)
                 return sequence
-            self.row.begun = sequence - 1
-            self.check(0)
             if time.monotonic() > deadline:
                 raise MeshUnavailable(f"no commit of epoch {self.session.page.fence} within {self.timeout_s:g} s")
             self._sleep(_FENCE_POLL_S)
