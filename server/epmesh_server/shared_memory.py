@@ -1,7 +1,7 @@
 """What a node service and its ranks share: control pages, and how group buffers are laid out.
 
-The node service makes every memfd; ranks get descriptors over its descriptor socket, so nothing here has a name, nothing
-can be left behind, and /dev/shm's size does not matter. All words are 64-bit and written whole by one side alone.
+The node service makes every memfd; ranks get descriptors over its descriptor socket, so nothing here has a name,
+nothing can be left behind, and /dev/shm's size does not matter. All words are 64-bit and written whole by one side.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ class BufferLayout:
     section's start: recv by turn and source, then out by slot. Only touched pages cost memory.
 
     A rank may have posted two dispatches and not yet taken in either when a peer posts the next call, which cannot be
-    followed by another before this rank posts it too: so regions take turns by three, and nothing unread is overwritten.
+    followed by another before this rank posts it too: so regions take turns by three, and none is overwritten unread.
 
     Attributes:
         world_size: members of the group, on all nodes.
