@@ -23,6 +23,7 @@ from typing import Any
 import grpc
 import pytest
 
+from epmesh.errors import StaleEpoch
 from epmesh.v1 import rank_service_pb2, rank_service_pb2_grpc
 from tests.integration.raw_rank import RawRank
 from tests.integration.waiting import PATIENCE_S, on_event_loop
@@ -148,13 +149,28 @@ class Shell:
             command.close()
 
 
+@contextlib.contextmanager
+def open_shell() -> Iterator[Shell]:
+    directory = Path(tempfile.mkdtemp(prefix="cli-"))  # pytest's own would be too long for unix sockets
+    shell = Shell(directory)
+    try:
+        yield shell
+    finally:
+        shell.close()
+        shutil.rmtree(directory)
+
+
 @pytest.fixture
 def shell() -> Iterator[Shell]:
-    directory = Path(tempfile.mkdtemp(prefix="cli-"))  # pytest's own would be too long for unix sockets
-    made = Shell(directory)
-    yield made
-    made.close()
-    shutil.rmtree(directory)
+    with open_shell() as made:
+        yield made
+
+
+async def describe(address: str) -> rank_service_pb2.DescribeNodeResponse:
+    """What a node service says of itself."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = rank_service_pb2_grpc.RankServiceStub(channel)
+        return await stub.DescribeNode(rank_service_pb2.DescribeNodeRequest(), timeout=PATIENCE_S)
 
 
 def children(pid: int) -> list[int]:
@@ -187,15 +203,9 @@ def test_two_nodes_serve_and_status_shows_them_everywhere(shell: Shell) -> None:
 
 @on_event_loop
 async def test_status_shows_a_rank_with_its_device_and_experts() -> None:
-    directory = Path(tempfile.mkdtemp(prefix="cli-"))
-    shell = Shell(directory)
-    try:
+    with open_shell() as shell:
         await asyncio.to_thread(shell.serve)
-        async with grpc.aio.insecure_channel(shell.address) as channel:
-            node = await rank_service_pb2_grpc.RankServiceStub(channel).DescribeNode(
-                rank_service_pb2.DescribeNodeRequest()
-            )
-        rank = RawRank(node)
+        rank = RawRank(await describe(shell.address))
         await rank.open(local_rank=3, experts={"num_experts": 4, "experts": [1, 2]})
         await rank.view_with(3)
         status = await asyncio.to_thread(shell.status)
@@ -205,9 +215,6 @@ async def test_status_shows_a_rank_with_its_device_and_experts() -> None:
         table = (await asyncio.to_thread(shell.run, "status")).output
         assert "no living rank holds experts 0, 3" in table
         await rank.hang_up()
-    finally:
-        shell.close()
-        shutil.rmtree(directory)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -314,3 +321,27 @@ def test_watching_shows_every_new_view_until_interrupted(shell: Shell) -> None:
     watch.line('"node_id": "b"')
     assert watch.stop(signal.SIGINT) < STOP_BOUND_S
     assert "Traceback" not in watch.output
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+@on_event_loop
+async def test_a_node_service_that_was_stopped_comes_back_without_its_old_ranks() -> None:
+    with open_shell() as shell:
+        await asyncio.to_thread(shell.serve, "--node-id", "a", "--min-nodes", "1")
+        arguments = ("--node-id", "b", "--port", "7410", "--coordinator", shell.coordinator)
+        node = await asyncio.to_thread(shell.serve, *arguments)
+        old, new = RawRank(await describe(f"{shell.host}:7410")), RawRank(await describe(f"{shell.host}:7410"))
+        await old.open(incarnation=1)
+        await old.view_with(8)
+        page = await old.page()
+        node.process.send_signal(signal.SIGSTOP)
+        await asyncio.to_thread(shell.status_with, 1)
+        node.process.send_signal(signal.SIGCONT)
+        with pytest.raises(StaleEpoch, match="join again"):
+            await old.view(1 << 60)
+        assert page.closed
+        await new.open(incarnation=2)
+        await new.view_with(8)
+        await old.hang_up()
+        await new.hang_up()

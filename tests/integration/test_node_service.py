@@ -35,6 +35,7 @@ from tests.integration.waiting import PATIENCE_S, on_event_loop, soon, until
 
 STOPPED_BOUND_S = 4 * 2.0  # four times what is promised for a stopped process
 KILLED_BOUND_S = 4 * 0.5  # ... and for a killed one
+STOP_BOUND_S = 4 * 2.0  # ... and for the end of everything
 
 
 # Ranks ------------------------------------------------------------------------------------------------------------
@@ -359,12 +360,31 @@ async def test_stopping_tells_ranks_and_coordinator_and_leaves_nothing() -> None
         page = await rank.page()
         started = time.monotonic()
         await m.node.stop()
-        assert time.monotonic() - started < 4 * 2.0
+        assert time.monotonic() - started < STOP_BOUND_S
         assert page.closed
         assert m.session.left.is_set()
         with pytest.raises(MeshUnavailable, match="shutting down"):
             await rank.view(2)
         assert not Path(rank.node.grpc_socket).parent.exists()
+
+
+@on_event_loop
+async def test_open_watches_and_waiting_readers_do_not_hold_up_the_end() -> None:
+    async with mesh() as m, grpc.aio.insecure_channel(m.node.address) as channel:
+        watch = discovery_service_pb2_grpc.DiscoveryServiceStub(channel).WatchViews(
+            discovery_service_pb2.WatchViewsRequest()
+        )
+        await m.session.commit(m.session.make_view(1))
+        await soon(watch.read())
+        node = await m.node.describe()
+        async with grpc.aio.insecure_channel(f"unix:{node.grpc_socket}") as local:
+            store = store_service_pb2_grpc.StoreServiceStub(local)
+            waiting = store.GetValue(store_service_pb2.GetValueRequest(key="1/never"), timeout=PATIENCE_S)
+            started = time.monotonic()
+            await m.node.stop()
+            assert time.monotonic() - started < STOP_BOUND_S
+            with pytest.raises(grpc.aio.AioRpcError):
+                await soon(waiting)
 
 
 @on_event_loop

@@ -67,7 +67,10 @@ class Supervisor:
         while True:
             code = await process.wait()
             if first and code == 1:
-                raise MeshUnavailable(f"the {self._name} beside this node did not start; its reason stands above")
+                raise MeshUnavailable(
+                    f"the {self._name} beside this node did not start; its reason stands above "
+                    "(where one runs already, say --coordinator HOST:PORT)"
+                )
             if loop.time() - started > _STEADY_S:
                 backoff_s = _FIRST_BACKOFF_S
             _log.warning("%s %d ended with code %d; again in %.2f s", self._name, process.pid, code, backoff_s)

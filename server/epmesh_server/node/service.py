@@ -84,6 +84,7 @@ class Node:
         self._hosting.on_links = self._link.links_changed
         self._groups = Groups(settings.coordinator, self._channel, self._board)
         self._identity = Identity(settings.node_id or "", secrets.randbits(63) | 1, "", package_version())
+        self._servers: list[grpc.aio.Server] = []
         self._exit = contextlib.AsyncExitStack()
 
     async def start(self) -> str:
@@ -127,6 +128,7 @@ class Node:
     async def close(self) -> None:
         """Ends every rank's membership and closes everything; idempotent and bounded in time."""
         await self._hosting.close(self._farewell())
+        await asyncio.gather(*(server.stop(_STOP_GRACE_S) for server in self._servers))
         await self._exit.aclose()
         _log.info("node %s: stop.complete", self._identity.node_id)
 
@@ -174,7 +176,7 @@ class Node:
 
     async def _begin(self, server: grpc.aio.Server) -> None:
         await server.start()
-        self._exit.push_async_callback(server.stop, _STOP_GRACE_S)
+        self._servers.append(server)
 
     async def _report_health(self) -> None:
         """SERVING once the node is registered and knows a view; not again before both are so after a change."""
