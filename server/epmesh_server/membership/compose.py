@@ -95,7 +95,7 @@ def compose(
         lost=lost,
         dead=tuple(rank for rank in lost if (rank, base.ranks[rank].incarnation) not in left),
         members_unchanged=members == members_of(base),
-        changed=bool(base.epoch or nodes or done) and shape != _shape(base),
+        changed=bool(base.epoch or nodes or placements) and shape != _shape(base),
         next_group_id=wishes.next_group_id,
         done=done,
         refused=refused,

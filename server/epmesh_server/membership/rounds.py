@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from epmesh.errors import EpmeshError, MeshUnavailable, StaleEpoch
-from epmesh.view import RankInfo, RankMode, View
+from epmesh.view import NodeInfo, RankInfo, RankMode, View
 from epmesh_server.membership.actions import (
     Action,
     Append,
@@ -224,7 +224,7 @@ class Rounds:
     def _shortage(self, draft: Draft) -> str | None:
         """Why the draft has too few nodes, if so; nodes that left by themselves are not missed."""
         slots = {node.slot for node in draft.nodes}
-        last = [node.slot for node in self.view.nodes if node.slot in slots or not self._left(node.slot)]
+        last = [node.slot for node in self.view.nodes if node.slot in slots or not self._left(node)]
         least = self._settings.least_nodes(len(last))
         if len(slots) >= least:
             return None
@@ -233,9 +233,9 @@ class Rounds:
             f"than {least} is never committed; start nodes again, or the coordinator with --min-nodes {len(slots)}"
         )
 
-    def _left(self, slot: int) -> bool:
-        node = self._nodes.get(slot)
-        return node is not None and node.orderly
+    def _left(self, info: NodeInfo) -> bool:
+        node = self._nodes.get(info.slot)
+        return node is not None and node.orderly and node.registration.incarnation == info.incarnation
 
     # The phases --------------------------------------------------------------------------------------------------
 
