@@ -246,7 +246,7 @@ class Communicator(abc.ABC):
 
     @abc.abstractmethod
     def wait_ready(self, timeout_s: float | None = None) -> tuple[View, int]:
-        """Adopts the newest committed view. Not collective.
+        """Adopts the newest committed view, and passes over calls that others gave up waiting for. Not collective.
 
         Returns:
             The view, and the last exchange of this group that every survivor completed: repeat from there.

@@ -239,3 +239,12 @@ def test_an_ended_session_ends_a_wait_with_its_reason(rig: Rig) -> None:
     rig.meanwhile = [end]
     with pytest.raises(EpmeshError, match="the node service is gone"):
         rig.wait()
+
+
+def test_a_rank_that_missed_calls_goes_on_where_the_others_are(rig: Rig) -> None:
+    for sequence in (1, 2):
+        header = frame_pb2.FrameHeader(kind=frame_pb2.FRAME_KIND_ABANDON, sequence=sequence, source=2)
+        rig.inbox.put(Message(header, ()))
+    rig.member.resynchronise()
+    assert rig.node.progress()[0].completed == 2
+    assert rig.member.begin() == 3

@@ -21,13 +21,17 @@ def shape_text(tensor: torch.Tensor) -> str:
 
 
 def rows_text(tensors: Sequence[torch.Tensor]) -> str:
-    """dtype and shape of rows, whatever their number."""
+    """dtype and shape of rows, whatever their number; of things that are no tensors, their type."""
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        return " ".join(type(tensor).__name__ for tensor in tensors)
     parts = [f"{dtype_name(t.dtype)}[{', '.join(['*', *map(str, t.shape[1:])])}]" for t in tensors]
     return " ".join(parts)
 
 
 def check_tensor(tensor: torch.Tensor) -> None:
-    """A tensor must be on CPU and of a dtype that travels."""
+    """A tensor must be one, on CPU, and of a dtype that travels."""
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidRequest(f"a tensor was expected, not {tensor!r:.80} ({type(tensor).__name__})")
     if tensor.device.type != "cpu":
         raise InvalidRequest(f"a tensor on {tensor.device}; this rank joined with device cpu")
     if tensor.layout != torch.strided:

@@ -337,7 +337,8 @@ class JoinedCommunicator(Communicator):
             if self.global_rank not in group.ranks:
                 raise InvalidRequest(f"rank {self.global_rank} is not in group {self.unique_name!r} any more")
             if view.membership_epoch == self._member.membership_epoch:
-                self._member.complete_all()
+                self._exchange.forget_open()
+                self._member.resynchronise()
                 self._member.view = view
                 return view, self._member.row.completed
             self._let_go()

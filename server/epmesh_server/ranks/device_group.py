@@ -79,6 +79,7 @@ class GlooDeviceGroup:
             except RuntimeError:
                 self._check()
                 if work.is_completed():
-                    raise
+                    work.wait()  # it failed, or was done just after the slice: this tells
+                    return
             if time.monotonic() > deadline:
                 raise DeadlineExceeded(message=f"{what} of the device group took over {self._timeout_s:g} s")

@@ -287,6 +287,11 @@ class Exchange:
             return None
         return shown_rows(region, num_rows, hidden, dtype)
 
+    def forget_open(self) -> None:
+        """Forgets open exchanges; their numbers are the member's to end."""
+        self._open.clear()
+        self._last = None
+
     def release(self) -> None:
         """Ends the last plain exchange if it was never combined."""
         if self._last is not None:

@@ -120,10 +120,15 @@ class GroupMember:
         self.row.completed = min(self._open) - 1 if self._open else self._done
         self.inbox.forget(self.row.completed)
 
-    def complete_all(self) -> None:
-        """Ends whatever is open: a loss turned out to be none, and the number it broke was given up by all."""
+    def resynchronise(self) -> None:
+        """Ends whatever is open, and passes over calls that this rank never made and others gave up waiting for."""
         for sequence in sorted(self._open):
             self.complete(sequence)
+        newest = max(self.inbox.abandoned, default=0)
+        if newest > self._done:
+            self.abandoned = max(self.abandoned, newest)
+            self.row.begun = newest
+            self.complete(newest)
 
     def usable(self, view: View) -> bool:
         """Whether nothing known speaks against going on in `view`."""
