@@ -57,6 +57,7 @@ class Engine:
         self._timer: asyncio.TimerHandle | None = None
         self._beat_at = clock()
         self._closed = False
+        self._failure: Exception | None = None
         self.board = ViewBoard(machine.view)
 
     # What the services call --------------------------------------------------------------------------------------
@@ -92,13 +93,18 @@ class Engine:
 
     def submit(self, event: Event) -> None:
         """Takes one event in; never waits."""
-        if self._closed:
+        if self._closed or self._failure is not None:
             return
         now = self._clock()
-        if now - self._beat_at > _BEAT_S + _STALL_S:
-            self._beat_at = now
-            self._take_in(Stalled(), now)
-        self._take_in(event, now)
+        try:
+            if now - self._beat_at > _BEAT_S + _STALL_S:
+                self._beat_at = now
+                self._take_in(Stalled(), now)
+            self._take_in(event, now)
+        except Exception as exc:  # noqa: BLE001 - half a step must not be gone on from; the log holds what was decided
+            self._failure = exc
+            self._wake.set()
+            return
         self._arm(now)
 
     # Running -----------------------------------------------------------------------------------------------------
@@ -108,6 +114,7 @@ class Engine:
 
         Raises:
             MeshUnavailable: the log cannot be written.
+            Exception: the machine failed, which is a bug; a restart goes on from the log.
         """
         self.submit(Tick())
         beat = asyncio.create_task(self._beat())
@@ -115,6 +122,8 @@ class Engine:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
+                if self._failure is not None:
+                    raise self._failure
                 while self._waiting:
                     await self._write_some()
         finally:
