@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable
+from epmesh.errors import EpmeshError, InvalidRequest
 from epmesh_server.cli.logs import LogLevel, configure_logging
 
 _DATA_DIR = "$XDG_STATE_HOME/epmesh/coordinator-PORT"
@@ -255,11 +254,9 @@ def status(
 @app.command()
 def demo() -> None:
     """Run a real mixture-of-experts model over two nodes with two ranks each; ends with demo: PASS or demo: FAIL."""
-    try:
-        demo_module = importlib.import_module("epmesh_server.cli.demo")  # torch comes with it
-    except ModuleNotFoundError as exc:
-        raise MeshUnavailable(f"the demo is not part of this installation ({exc}); run it from a checkout") from exc
-    raise SystemExit(demo_module.run_demo())
+    from epmesh_server.cli.demo import run_demo
+
+    raise SystemExit(run_demo())
 
 
 def parse_size(text: str) -> int:
