@@ -7,6 +7,7 @@ import asyncio
 from epmesh.errors import MeshUnavailable
 from epmesh.v1 import discovery_service_pb2 as discovery
 from epmesh.view import View
+from epmesh_server.coordinator.wire import view_to_proto
 
 
 class ViewBoard:
@@ -37,7 +38,7 @@ class ViewBoard:
     def encoded(self) -> bytes:
         """The view as response of `GetView` and of `WatchViews`, whose bytes are the same."""
         if self._encoded is None:
-            self._encoded = discovery.WatchViewsResponse(view=self.view.to_proto()).SerializeToString()
+            self._encoded = discovery.WatchViewsResponse(view=view_to_proto(self.view)).SerializeToString()
         return self._encoded
 
     async def after(self, epoch: int) -> None:

@@ -127,6 +127,24 @@ def _experts(message: pb.ExpertDeclaration) -> ExpertDeclaration:
     return ExpertDeclaration(layer, message.num_experts, experts, message.linear)
 
 
+class _LastView:
+    """The newest view as proto: log, nodes and watchers get the same one, and making it takes a while."""
+
+    def __init__(self) -> None:
+        self._last: tuple[View | None, view_pb2.View] = (None, view_pb2.View())
+
+    def __call__(self, view: View) -> view_pb2.View:
+        """The view as proto; not to be changed."""
+        last, message = self._last
+        if view is not last:
+            message = view.to_proto()
+            self._last = view, message
+        return message
+
+
+view_to_proto = _LastView()
+
+
 def command_to_proto(command: Command) -> pb.NodeSessionResponse:
     """One command of a control stream."""
     match command:
@@ -137,7 +155,7 @@ def command_to_proto(command: Command) -> pb.NodeSessionResponse:
         case Finish():
             return pb.NodeSessionResponse(finish=_finish(command))
         case Commit():
-            return pb.NodeSessionResponse(commit=pb.Commit(view=command.view.to_proto()))
+            return pb.NodeSessionResponse(commit=pb.Commit(view=view_to_proto(command.view)))
         case Evict():
             return pb.NodeSessionResponse(
                 evict=pb.Evict(error=command.error.to_proto(), ranks=map(_key_to_proto, command.ranks))
@@ -172,7 +190,7 @@ def record_to_proto(record: Record) -> log_pb2.LogRecord:
         case RanksLost():
             return log_pb2.LogRecord(ranks_lost=log_pb2.RanksLost(ranks=map(_key_to_proto, record.ranks)))
         case ViewCommitted():
-            return log_pb2.LogRecord(view_committed=record.view.to_proto())
+            return log_pb2.LogRecord(view_committed=view_to_proto(record.view))
 
 
 def _registered(record: NodeRegistered) -> log_pb2.NodeRegistered:
@@ -227,4 +245,4 @@ _RECORDS: dict[str | None, Callable[[log_pb2.LogRecord], Record]] = {
 
 def groups_to_proto(view: View) -> list[view_pb2.Group]:
     """The groups of a view."""
-    return list(view.to_proto().groups)
+    return list(view_to_proto(view).groups)

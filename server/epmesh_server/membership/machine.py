@@ -142,6 +142,7 @@ class Membership:
         if known is not None and known.registration.identity == wanted.identity:
             self._welcome_back(known)
         self._nodes.admit(slot, wanted, self._now)
+        self._rounds.more_may_come(self._now)
         self._out.append(Reply(event.call, NodeGranted(slot)))
 
     def _check_version(self, node_id: str, version: str) -> None:

@@ -97,6 +97,11 @@ class NodeTable:
     def __iter__(self) -> Iterator[Node]:
         return iter(self._nodes.values())
 
+    @property
+    def num_live(self) -> int:
+        """Nodes with an open control stream."""
+        return len(self._slots_by_session)
+
     def get(self, slot: int) -> Node | None:
         """The node in a slot."""
         return self._nodes.get(slot)

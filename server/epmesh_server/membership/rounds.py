@@ -79,6 +79,7 @@ class Rounds:
         self._next_group_id = snapshot.next_group_id
         self._round: Round | None = None
         self._due: float | None = None
+        self._urgent = False
         self._latest = 0.0
         self._finish_by: float | None = None
         self._tensor_parallel_size = 0
@@ -86,19 +87,28 @@ class Rounds:
         self._said_lost = {key for lost in snapshot.lost.values() for key in lost if self._is_member(key)}
         # An epoch that was prepared and never committed has left fences up.
         if self._used_epoch > self.view.epoch and self.view.nodes:
-            self._due = float("-inf")
+            self._due, self._urgent = float("-inf"), True
 
     # What the machine tells --------------------------------------------------------------------------------------
 
     def want(self, now: float, *, urgent: bool = False) -> None:
         """Something changed: commit soon, or at once."""
         if urgent:
-            self._due = now
+            self._due, self._urgent = now, True
         elif self._due is None:
-            self._latest = now + self._settings.max_batch_window_s
-            self._due = now + self._settings.batch_window_s
-        elif self._due > now:
-            self._due = min(now + self._settings.batch_window_s, self._latest)
+            self._open_window(now)
+        else:
+            self.more_may_come(now)
+
+    def more_may_come(self, now: float) -> None:
+        """Somebody is about to join: a commit that is not due yet waits a little for them."""
+        if self._due is not None and self._due > now:
+            quiet_s, _ = self._settings.batch_s(self._nodes.num_live)
+            self._due = min(now + quiet_s, self._latest)
+
+    def _open_window(self, now: float) -> None:
+        quiet_s, longest_s = self._settings.batch_s(self._nodes.num_live)
+        self._due, self._latest = now + quiet_s, now + longest_s
 
     def set_tensor_parallel_size(self, size: int) -> None:
         """The size that living ranks agree on; 0 if none is in a tensor-parallel group."""
@@ -176,10 +186,9 @@ class Rounds:
         if running is None:
             return self._due is not None and self._due <= now and self._begin(now)
         if running.phase is Phase.COMMITTING:
-            urgent = self._due is not None and self._due <= now and running.broken
-            if running.waiting and now < running.deadline and not urgent:
+            if running.waiting and now < running.deadline and not (self._urgent and running.broken):
                 return False
-            self._conclude(running)
+            self._conclude(running, now)
             return True
         if running.broken:
             return self._begin(now)
@@ -198,7 +207,7 @@ class Rounds:
         draft = self._compose()
         for operation, error in draft.refused:
             self._answer(operation, error)
-        self._due = None
+        self._due, self._urgent = None, False
         if not draft.changed and self._used_epoch == self.view.epoch:
             self._give_up(draft, Done(self.view.epoch))
             return True
@@ -342,13 +351,15 @@ class Rounds:
             if node is not None and node.status is NodeStatus.LIVE:
                 self._bury(node, f"did not answer {what} of epoch {running.epoch} in time")
 
-    def _conclude(self, running: Round) -> None:
+    def _conclude(self, running: Round, now: float) -> None:
         if running.waiting:
             late = ", ".join(map(str, sorted(running.waiting)[:16]))
             self._out.append(
                 Note(f"epoch {running.epoch}: slots {late} did not say yet that they have it", warning=True)
             )
         self._give_up(running.draft, Done(running.epoch))
+        if self._due is not None and not self._urgent:
+            self._open_window(now)  # who joined meanwhile waits for those who could not while this kept all busy
 
     # Telling -----------------------------------------------------------------------------------------------------
 

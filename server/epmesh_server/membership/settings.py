@@ -10,6 +10,9 @@ from epmesh_server.shared_memory import MAX_RANKS
 DEFAULT_EXCHANGE_TIMEOUT_S = 30.0
 MAX_EXCHANGE_TIMEOUT_S = 3600.0
 ANSWER_S_PER_NODE = 0.004
+# A commit with n nodes is 6 n messages, and n nodes that join one by one would need n of them.
+BATCH_S_PER_NODE = 0.0001
+MAX_BATCH_S_PER_NODE = 0.002
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,7 @@ class MembershipSettings:
         answer_timeout_s: seconds within which a node service answers Prepare, Finish (beyond its own wait) and Commit;
             somewhat more in a large mesh.
         batch_window_s: a commit waits until this long nobody joined, so that those who join together need one.
-        max_batch_window_s: ... but never longer than this.
+        max_batch_window_s: ... but never longer than this; both are longer in a large mesh, where a commit costs more.
         link_grace_s: link failures are gathered this long before anyone is evicted for them.
     """
 
@@ -67,6 +70,11 @@ class MembershipSettings:
     def answer_s(self, num_nodes: int) -> float:
         """How long to wait for the answers of `num_nodes` nodes; pushing a view to a thousand takes about 1 s."""
         return self.answer_timeout_s + ANSWER_S_PER_NODE * num_nodes
+
+    def batch_s(self, num_nodes: int) -> tuple[float, float]:
+        """How long a commit waits after the last change and after the first, with `num_nodes` nodes to tell."""
+        longest_s = self.max_batch_window_s + MAX_BATCH_S_PER_NODE * num_nodes
+        return self.batch_window_s + BATCH_S_PER_NODE * num_nodes, longest_s
 
     def least_nodes(self, last: int) -> int:
         """The fewest nodes a view may have after one with `last` nodes."""
