@@ -63,9 +63,8 @@ format: $(STAMP)  ## let ruff format and mend the sources
 	@$(BIN)/ruff check --fix --exit-zero --quiet $(PY_DIRS)
 	@$(BIN)/ruff format $(PY_DIRS)
 
-bench: $(STAMP)  ## benchmarks, as far as there are any
-	@if [ -f benchmarks/__main__.py ]; then $(BIN)/python -m benchmarks $(ARGS); \
-	else echo "bench: there is no benchmark in this tree yet; \`make demo\` prints latencies and bytes between nodes"; fi
+bench: $(STAMP)  ## dispatch + combine beside all-gather/reduce-scatter over Gloo, in one run
+	@$(BIN)/epmesh bench $(ARGS)
 
 proto:  ## regenerate the stubs under client/epmesh/v1 from proto/
 	@PYTHON="$(PYTHON)" proto/generate.sh client

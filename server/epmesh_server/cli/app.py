@@ -259,6 +259,25 @@ def demo() -> None:
     raise SystemExit(run_demo())
 
 
+@app.command()
+def bench(
+    nodes: Annotated[int, typer.Option(help="Node services.")] = 2,
+    ranks: Annotated[int, typer.Option(help="Ranks of each.")] = 4,
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens a rank; give it again for more rows.")] = None,
+    hidden: Annotated[int, typer.Option(help="Elements of a row.")] = 1024,
+    topk: Annotated[int, typer.Option(help="Experts a token.")] = 8,
+    experts: Annotated[int, typer.Option(help="Logical experts.")] = 64,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    runs: Annotated[int, typer.Option(help="Calls that count.")] = 30,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time dispatch and combine beside all-gather/reduce-scatter over Gloo, in one run on this machine."""
+    from epmesh_server.cli.bench import BenchPlan, run_bench
+
+    plan = BenchPlan(nodes, ranks, tuple(tokens or BenchPlan.tokens), hidden, topk, experts, dtype, runs=runs)
+    run_bench(plan, as_json=as_json)
+
+
 def parse_size(text: str) -> int:
     """Bytes of ``4096``, ``64MiB``, ``1GiB`` and the like.
 

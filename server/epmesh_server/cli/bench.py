@@ -54,6 +54,8 @@ class BenchPlan:
         for name in ("nodes", "ranks", "hidden", "topk", "experts", "runs"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if not self.tokens or min(self.tokens) < 0:
+            raise InvalidRequest(f"tokens are {self.tokens}; give one or more numbers of 0 or more")
         if self.topk > self.experts:
             raise InvalidRequest(f"topk is {self.topk} of {self.experts} experts; it cannot be more")
         if self.dtype not in _TOLERANCE:
@@ -95,7 +97,10 @@ def run_bench(plan: BenchPlan, *, as_json: bool = False) -> list[BenchRow]:
         print(json.dumps({"plan": asdict(plan), "rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}))
     else:
         console.print(_table(rows))
-        console.print("medians of the slowest rank; bytes: handed to the sockets for one dispatch + combine, all ranks")
+        console.print("times: medians of the slowest rank")
+        console.print(
+            "bytes: of one dispatch + combine, all ranks, handed to the sockets between nodes; floor: rows, ids and weights"
+        )
     return rows
 
 
