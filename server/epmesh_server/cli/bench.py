@@ -99,7 +99,7 @@ def run_bench(plan: BenchPlan, *, as_json: bool = False) -> list[BenchRow]:
         console.print(_table(rows))
         console.print("times: medians of the slowest rank")
         console.print(
-            "bytes: of one dispatch + combine, all ranks, handed to the sockets between nodes; floor: rows, ids and weights"
+            "bytes: one dispatch + combine of all ranks, handed to the sockets between nodes; floor: rows, ids, weights"
         )
     return rows
 
