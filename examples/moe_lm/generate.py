@@ -1,7 +1,4 @@
-"""Batched text generation whose every step makes the same number of exchanges, whatever the batch holds.
-
-python -m examples.moe_lm.generate "And it came to pass" --num-tokens 150 --temperature 0.7
-"""
+"""Batched text generation whose every step makes the same number of exchanges, whatever the batch holds."""
 
 from __future__ import annotations
 
