@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from epmesh.errors import InvalidRequest
+from epmesh.errors import EpmeshError, InvalidRequest
 from epmesh.frames import MAX_TENSORS, tensor_meta
 from epmesh_server.ranks.tensors import accumulator, dtype_name
 
 MAX_NAME_CHARS = 64
+MAX_LAYER = 1_000_000
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Makes whatever goes wrong in a check, with arguments of any kind, a refusal."""
+    try:
+        yield
+    except EpmeshError:
+        raise
+    except Exception as exc:
+        raise InvalidRequest(f"{type(exc).__name__}: {exc}") from exc
 
 
 def shape_text(tensor: torch.Tensor) -> str:
@@ -119,6 +132,20 @@ def check_peer(name: str, rank: int, world: int) -> int:
     if not 0 <= rank < world:
         raise InvalidRequest(f"{name} is {rank!r}; ranks of this group are 0 to {world - 1}")
     return rank
+
+
+def check_size(size: Sequence[int] | int) -> tuple[int, ...]:
+    """A shape."""
+    shape = (size,) if isinstance(size, int) else tuple(size)
+    if any(length < 0 for length in shape):
+        raise InvalidRequest(f"size is {list(shape)}; no length may be negative")
+    return shape
+
+
+def check_layer(layer: int | None) -> None:
+    """A layer's number, or none."""
+    if layer is not None and not 0 <= layer <= MAX_LAYER:
+        raise InvalidRequest(f"layer is {layer!r}; it must be 0 to {MAX_LAYER}, or None")
 
 
 def check_p2p_op(op: Any, ranks: Sequence[int]) -> tuple[bool, torch.Tensor, int]:

@@ -157,7 +157,7 @@ class JoinedCommunicator(Communicator):
     def recv(self, size: torch.Size | Sequence[int] | int, dtype: torch.dtype, src: int | None = None) -> torch.Tensor:
         with self._turn():
             peer = args.check_peer("src", (self.rank - 1) % self.world_size if src is None else src, self.world_size)
-            return self._point_to_point.recv((size,) if isinstance(size, int) else tuple(size), dtype, peer)
+            return self._point_to_point.recv(args.check_size(size), dtype, peer)
 
     def batch_isend_irecv(self, p2p_ops: list[Any]) -> list[Any]:
         planned = [args.check_p2p_op(op, self.ranks) for op in p2p_ops]
@@ -219,6 +219,7 @@ class JoinedCommunicator(Communicator):
 
         def layout() -> Layout:
             args.check_rows(tensors, ("hidden_states", "router_logits"))
+            args.check_layer(layer)
             args.check_static(static, len(hidden_states), self._rank_process.max_tokens_per_rank)
             reach = self._reach(is_sequence_parallel)
             return broadcast_layout(len(hidden_states), self._member.topology, reach.eligible)
@@ -241,6 +242,7 @@ class JoinedCommunicator(Communicator):
 
         def layout() -> Layout:
             args.check_dispatch(tensors)
+            args.check_layer(layer)
             args.check_static(static, len(tensors[0]), self._rank_process.max_tokens_per_rank)
             routing = self._routing(layer, is_sequence_parallel)
             if routing is None:
@@ -393,16 +395,21 @@ class JoinedCommunicator(Communicator):
     def set_expert_placement(
         self, num_experts: int, experts: Iterable[int] | None = None, layer: int | None = None
     ) -> None:
-        own = None if experts is None else tuple(sorted(set(experts)))
+        def check() -> tuple[int, ...] | None:
+            args.check_layer(layer)
+            own = None if experts is None else tuple(sorted(set(experts)))
+            Placement(num_experts, {self.global_rank: own or ()})
+            return own
+
         with self._turn():
-            self._checked("set_expert_placement", lambda: Placement(num_experts, {self.global_rank: own or ()}))
+            own = self._checked("set_expert_placement", check)
             what = f"num_experts={num_experts} layer={layer} linear={own is None}"
             _, calls = self._collectives.agree(describe("set_expert_placement", what, own or ()))
             if own is None:
                 placement = linear_placement(num_experts, self.ranks)
             else:
                 placement = Placement(num_experts, {rank: tuple(call.numbers) for rank, call in calls.items()})
-            removed = self._load_added(placement, layer)
+            removed = self._checked("set_expert_placement", lambda: self._load_added(placement, layer))
             request_id = self._agree("set_expert_placement", "loaded")
             self._rank_process.set_placement(request_id, placement, layer)
             self._member.adopt_change()
@@ -446,7 +453,8 @@ class JoinedCommunicator(Communicator):
     def _checked(self, method: str, check: Callable[[], _T]) -> _T:
         """Runs a check of this rank's arguments; a refusal is published, so that all ranks raise it."""
         try:
-            return check()
+            with args.refusals():
+                return check()
         except InvalidRequest as exc:
             self._collectives.agree(describe(method, refusal=exc))
             raise

@@ -24,6 +24,7 @@ import torch
 from epmesh.communicator import Handle
 from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, PeerLost, StaleEpoch
 from epmesh.layout import Ints, Layout
+from epmesh_server.ranks.arguments import refusals
 from epmesh_server.ranks.buffers import MAX_WORLD_SIZE
 from epmesh_server.ranks.calls import Call, describe
 from epmesh_server.ranks.combine import CombineStage, shown_dtype, shown_rows
@@ -323,7 +324,8 @@ class Exchange:
     def _plan(self, request: Request) -> tuple[Layout | None, Call]:
         """This rank's layout and call; without a layout where its input is refused."""
         try:
-            layout = request.make_layout()
+            with refusals():
+                layout = request.make_layout()
             DispatchStage.check_room(layout, request.tensors, self.member)
             return layout, describe(request.method, request.arguments)
         except EpmeshError as exc:

@@ -13,6 +13,7 @@ import torch
 from epmesh.errors import InvalidRequest
 from epmesh.v1 import membership_service_pb2, rank_service_pb2, view_pb2
 from epmesh.view import RankMode, View
+from epmesh_server.node.settings import split_address
 from epmesh_server.ranks.communicator import JoinedCommunicator
 from epmesh_server.ranks.links import LinkHub, Peer
 from epmesh_server.ranks.rank import Load, RankProcess
@@ -61,6 +62,7 @@ def join(
         MeshUnavailable: the node service or its coordinator did not answer, or too few ranks came, in time.
         InvalidRequest: an argument is wrong, or the local rank is taken.
     """
+    split_address(address, "the node service's address")
     _check(world_size, device, num_experts, experts, tensor_parallel_size, exchange_timeout_s, timeout_s)
     deadline = time.monotonic() + timeout_s
     node = describe_node(address, timeout_s)
@@ -126,7 +128,7 @@ def _check(
 ) -> None:
     if world_size < 1:
         raise InvalidRequest(f"world_size is {world_size}; it must be 1 or more")
-    if torch.device(device).type != "cpu":
+    if _device_type(device) != "cpu":
         raise InvalidRequest(f"device {device}: this version exchanges CPU tensors only; use device='cpu'")
     if tensor_parallel_size < 1:
         raise InvalidRequest(f"tensor_parallel_size is {tensor_parallel_size}; it must be 1 or more")
@@ -136,3 +138,10 @@ def _check(
         raise InvalidRequest("experts were given without num_experts")
     if num_experts is not None and num_experts < 1:
         raise InvalidRequest(f"num_experts is {num_experts}; it must be 1 or more")
+
+
+def _device_type(device: str | torch.device) -> str:
+    try:
+        return torch.device(device).type
+    except RuntimeError as exc:
+        raise InvalidRequest(f"device {device!r} is none: {exc}") from exc

@@ -18,7 +18,7 @@ from pathlib import Path
 import grpc
 
 from epmesh import errors
-from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable
+from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, Unauthenticated
 from epmesh.v1 import membership_service_pb2, rank_service_pb2, rank_service_pb2_grpc
 from epmesh.view import View
 from epmesh_server.shared_memory import ControlPage
@@ -254,7 +254,14 @@ class RankSession:
                 raise MeshUnavailable(f"the node service's descriptor socket failed: {exc}") from exc
         response = rank_service_pb2.DescriptorResponse.FromString(data)
         if response.HasField("error"):
-            raise errors.from_proto(response.error)
+            raise self._cause(errors.from_proto(response.error))
         if not fds:
             raise InvalidRequest("the node service sent no descriptors; is it of another version?")
         return response, fds
+
+    def _cause(self, error: EpmeshError) -> EpmeshError:
+        """A token that is no good any more means that the session is over: why, comes on its stream."""
+        if isinstance(error, Unauthenticated):
+            with self._changed:
+                self._changed.wait_for(lambda: self._error is not None, RPC_TIMEOUT_S)
+        return self._error or error
