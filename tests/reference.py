@@ -196,9 +196,9 @@ def combine(
             members = [position for position, rank in enumerate(group.ranks) if group.slot(rank) == slot]
             node_sum = torch.zeros_like(total)
             for member in members:
-                for result, (origin, row) in zip(results[member], origins[member], strict=True):
-                    if origin == source:
-                        node_sum[row] += result.to(node_sum.dtype)
+                of_source = [number for number, (origin, _) in enumerate(origins[member]) if origin == source]
+                rows = [origins[member][number][1] for number in of_source]  # each at most once
+                node_sum[rows] += results[member][of_source].to(node_sum.dtype)
             total += node_sum.to(dtype).to(total.dtype)
         outputs.append(total.to(dtype))
     return outputs

@@ -102,6 +102,7 @@ def test_all_gatherv_takes_ragged_sizes_zeros_among_them(target: Target) -> None
         calls += [Call("all_gatherv", tuple((2, s) for s in sizes), keywords={"dim": 1, "sizes": sizes})]
         calls += [Call("all_gatherv", ((2, 3),), keywords={"dim": 0})]
         calls += [Call("all_gatherv", ((2, 3),), keywords={"dim": -1, "sizes": None})]
+        calls += [Call("all_gatherv", tuple((size, 3) for size in sizes))]
         check(target, group, calls, lambda inputs, call: reference.all_gatherv(inputs, call.keywords.get("dim", 0)))
 
 
