@@ -28,7 +28,7 @@ from epmesh_server.membership.actions import (
     Reply,
     Send,
 )
-from epmesh_server.membership.events import CloseSession, Event, OpenSession, Stalled, Tick
+from epmesh_server.membership.events import CloseSession, Event, Heartbeat, OpenSession, Stalled, Tick
 
 _log = logging.getLogger(__name__)
 _BEAT_S = 0.2
@@ -105,7 +105,8 @@ class Engine:
             self._failure = exc
             self._wake.set()
             return
-        self._arm(now)
+        if not isinstance(event, Heartbeat):  # that makes no deadline earlier, and there are many
+            self._arm(now)
 
     # Running -----------------------------------------------------------------------------------------------------
 

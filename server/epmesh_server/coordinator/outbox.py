@@ -25,7 +25,8 @@ class Outbox:
 
     def put(self, command: Command) -> None:
         """Queues a command; never waits."""
-        self._commands = [waiting for waiting in self._commands if not _replaces(command, waiting)]
+        if self._commands:
+            self._commands = [waiting for waiting in self._commands if not _replaces(command, waiting)]
         self._commands.append(command)
         if len(self._commands) > MAX_COMMANDS:
             self._commands.clear()
@@ -49,8 +50,8 @@ class Outbox:
         while not self._commands:
             if self._error is not None:
                 return self._error
-            self._changed.clear()
             await self._changed.wait()
+            self._changed.clear()
         return self._commands.pop(0)
 
 

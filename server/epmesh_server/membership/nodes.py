@@ -97,10 +97,8 @@ class NodeTable:
     def __iter__(self) -> Iterator[Node]:
         return iter(self._nodes.values())
 
-    @property
-    def num_live(self) -> int:
-        """Nodes with an open control stream."""
-        return len(self._slots_by_session)
+    def __len__(self) -> int:
+        return len(self._nodes)
 
     def get(self, slot: int) -> Node | None:
         """The node in a slot."""

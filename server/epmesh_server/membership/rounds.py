@@ -103,11 +103,11 @@ class Rounds:
     def more_may_come(self, now: float) -> None:
         """Somebody is about to join: a commit that is not due yet waits a little for them."""
         if self._due is not None and self._due > now:
-            quiet_s, _ = self._settings.batch_s(self._nodes.num_live)
+            quiet_s, _ = self._settings.batch_s(len(self._nodes))
             self._due = min(now + quiet_s, self._latest)
 
     def _open_window(self, now: float) -> None:
-        quiet_s, longest_s = self._settings.batch_s(self._nodes.num_live)
+        quiet_s, longest_s = self._settings.batch_s(len(self._nodes))
         self._due, self._latest = now + quiet_s, now + longest_s
 
     def set_tensor_parallel_size(self, size: int) -> None:

@@ -12,7 +12,7 @@ MAX_EXCHANGE_TIMEOUT_S = 3600.0
 ANSWER_S_PER_NODE = 0.004
 # A commit with n nodes is 6 n messages, and n nodes that join one by one would need n of them.
 BATCH_S_PER_NODE = 0.0001
-MAX_BATCH_S_PER_NODE = 0.002
+MAX_BATCH_S_PER_NODE = 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
