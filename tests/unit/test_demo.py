@@ -16,11 +16,11 @@ pytest.importorskip("safetensors")
 from rich.console import Console  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from epmesh.errors import InvalidRequest  # noqa: E402
+from epmesh import InvalidRequest, NodeInfo, View, linear_placement  # noqa: E402
 from epmesh_server.cli.demo import run  # noqa: E402
 from epmesh_server.cli.demo.plan import DemoPlan, find_checkout  # noqa: E402
 from epmesh_server.cli.demo.progress import Progress, ProgressReceiver, ProgressSender, parse  # noqa: E402
-from epmesh_server.cli.demo.rank_work import RankReport  # noqa: E402
+from epmesh_server.cli.demo.rank_work import NeededBytes, RankReport  # noqa: E402
 from epmesh_server.cli.demo.reference import generate_reference  # noqa: E402
 from epmesh_server.cli.demo.screen import Screen, one_line  # noqa: E402
 from epmesh_server.cli.demo.verdict import (  # noqa: E402
@@ -223,7 +223,8 @@ def make_reports(reference: Reference) -> list[RankReport]:
             dispatch_s=calls,
             combine_s=calls,
             bytes_sent=120,
-            floor_bytes=100,
+            floor_bytes=(90, 110, 100, 100)[rank],  # sums back count where they are formed
+            needed_bytes=100,
             started_at=10.0 + rank,
             ended_at=20.0 - rank,
         )
@@ -284,7 +285,8 @@ def test_logits_behind_a_differing_token_are_not_compared() -> None:
         ({"held": ((), (0,))}, "layer 0"),
         ({"dispatch_s": (0.1,)}, "rank 0 made 1 dispatches"),
         ({"combine_s": ()}, "0 combines"),
-        ({"bytes_sent": 0}, "fewer bytes"),
+        ({"bytes_sent": 30}, "390 bytes went between the nodes; the rows need 400"),
+        ({"floor_bytes": 91}, "counts a floor of 401"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -292,6 +294,16 @@ def test_a_run_that_did_not_go_as_it_says_fails(change: dict[str, object], words
     first, *others = make_reports(make_reference())
     (failure,) = summarise([replace(first, **change), *others], make_reference(), SHAPE).failures  # type: ignore[arg-type]
     assert words in failure
+
+
+def test_needed_bytes_are_a_row_there_and_a_sum_back_for_each_other_node() -> None:
+    placement = linear_placement(6, [0, 1, 2])  # two experts a rank
+    nodes = tuple(NodeInfo(slot, f"n{slot}", 1, "") for slot in range(3))
+    view = View("m", epoch=1, membership_epoch=1, stride=1, nodes=nodes, placements={None: placement})
+    needed = NeededBytes(view, rank=1)
+    ids = torch.tensor([[2, 3], [0, 1], [0, 5], [4, 3]])  # at home; one other node; two; one
+    needed.add(torch.zeros(4, 7), torch.zeros(4, 2), ids)
+    assert needed.num_bytes == 4 * (2 * 7 * 4 + 2 * 4 + 2 * 8)
 
 
 def test_latency_without_calls_is_zero() -> None:

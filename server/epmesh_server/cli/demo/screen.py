@@ -177,7 +177,7 @@ def _shortened(prompt: str, text: str, budget: int) -> Text:
     line = one_line(text)
     if len(prompt) + len(line) <= budget:
         return _entry(prompt, text)
-    return Text(f"..{line[-(budget - 2) :]}")
+    return Text(f"... {line[-(budget - 4) :].lstrip()}")
 
 
 def _label(plan: DemoPlan, prompt: int) -> Text:
@@ -222,9 +222,9 @@ def _latency(latency: Latency) -> str:
 def _notes(summary: Summary, plan: DemoPlan) -> Iterator[str]:
     rows = math.ceil(len(plan.prompts) / plan.world_size)
     yield (
-        "(1) Handed to the sockets by dispatch and combine, on all ranks, headers included; with the"
-        f" {rows} rows a rank has in most steps, headers weigh. Floor: each row's hidden state, ids and weights once to"
-        " each other node that holds one of its experts, and one sum back."
+        "(1) Handed to the sockets by dispatch and combine, on all ranks, headers included; they weigh, as a rank has"
+        f" {rows} rows in most steps. Floor: each row, its weights and ids once to each other node that holds one of"
+        " its experts, and one sum back, counted from what the router chose."
     )
     yield (
         f"(2) sqrt({summary.num_roundings:,} operations behind a logit) x 2^-23, fp32's step, x"

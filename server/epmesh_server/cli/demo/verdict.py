@@ -115,7 +115,8 @@ class Summary:
     """What is shown at the end.
 
     Attributes:
-        bytes_sent, floor_bytes: between nodes, all ranks together (see `ExchangeStats`).
+        bytes_sent, floor_bytes: between nodes, all ranks together: handed to the sockets, and least possible (see
+            `NeededBytes`).
         tokens_per_s, reference_tokens_per_s: generated tokens per second, over the mesh and in one process.
         failures: what was to be shown and was not; empty where all was.
     """
@@ -178,7 +179,7 @@ def summarise(reports: Sequence[RankReport], reference: Reference, shape: ModelS
         dispatch=Latency.of(duration for report in reports for duration in report.dispatch_s),
         combine=Latency.of(duration for report in reports for duration in report.combine_s),
         bytes_sent=sum(report.bytes_sent for report in reports),
-        floor_bytes=sum(report.floor_bytes for report in reports),
+        floor_bytes=sum(report.needed_bytes for report in reports),
         num_tokens=num_tokens,
         tokens_per_s=num_tokens / elapsed_s,
         reference_tokens_per_s=int((reference.tokens >= 0).sum()) / reference.elapsed_s,
@@ -225,6 +226,11 @@ def _wrong_course(reports: Sequence[RankReport], shape: ModelShape, num_steps: i
         calls = len(report.dispatch_s), len(report.combine_s)
         if calls != (expected, expected):
             wrong.append(f"rank {report.rank} made {calls[0]} dispatches and {calls[1]} combines, not {expected} each")
-    if not sum(r.bytes_sent for r in reports) >= sum(r.floor_bytes for r in reports) > 0:
-        wrong.append("fewer bytes went between the nodes than the rows need")
+    sent, floor, needed = (
+        sum(getattr(report, name) for report in reports) for name in ("bytes_sent", "floor_bytes", "needed_bytes")
+    )
+    if not sent >= needed > 0:
+        wrong.append(f"{sent:,} bytes went between the nodes; the rows need {needed:,}")
+    if floor != needed:
+        wrong.append(f"the communicator counts a floor of {floor:,} bytes between nodes; the rows need {needed:,}")
     return wrong
