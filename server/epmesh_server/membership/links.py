@@ -6,30 +6,34 @@ import heapq
 from collections.abc import Iterable
 
 
-def greedy_removal(edges: Iterable[tuple[int, int]]) -> list[int]:
+def greedy_removal(failures: Iterable[tuple[int, int]]) -> list[int]:
     """The ranks to evict so that no broken link is left among the others.
 
-    Takes the rank with the most broken links away, the higher one of two that have as many, until there are none:
-    the greedy approximation of a minimum vertex cover, the same for every order of `edges`.
+    Takes the rank with the most broken links away until there are none: the greedy approximation of a minimum vertex
+    cover. Of two that have as many, one that reports nothing goes first, for a stopped process says nothing while the
+    healthy end of its links does; then the higher one. The same for every order of `failures`.
 
     Args:
-        edges: pairs of global ranks between which a link is broken; direction, repeats and self-loops do not matter.
+        failures: (reporter, target) pairs of global ranks; a rank that reports itself means nothing.
     """
     broken: dict[int, set[int]] = {}
-    for a, b in edges:
-        if a != b:
-            broken.setdefault(a, set()).add(b)
-            broken.setdefault(b, set()).add(a)
-    heap = [(-len(peers), -rank) for rank, peers in broken.items()]
+    reporters = set()
+    for reporter, target in failures:
+        if reporter != target:
+            reporters.add(reporter)
+            broken.setdefault(reporter, set()).add(target)
+            broken.setdefault(target, set()).add(reporter)
+    heap = [(-len(peers), rank in reporters, -rank) for rank, peers in broken.items()]
     heapq.heapify(heap)
     removed = []
     while heap:
-        degree, rank = -heap[0][0], -heapq.heappop(heap)[1]
+        degree, _, rank = heapq.heappop(heap)
+        degree, rank = -degree, -rank
         if degree == 0 or len(broken[rank]) != degree:
             continue  # an entry from before a peer was removed; the rank has a newer one
         removed.append(rank)
-        for peer in broken.pop(rank):
+        for peer in broken[rank]:
             broken[peer].discard(rank)
-            heapq.heappush(heap, (-len(broken[peer]), -peer))
+            heapq.heappush(heap, (-len(broken[peer]), peer in reporters, -peer))
         broken[rank] = set()
     return removed
