@@ -296,6 +296,12 @@ def test_a_run_that_did_not_go_as_it_says_fails(change: dict[str, object], words
     assert words in failure
 
 
+def test_only_logits_of_tokens_are_compared() -> None:
+    reference = make_reference()
+    reference.tokens[1, 2] = -1  # that text has ended
+    assert compare(reference.tokens, reference.logits, reference).num_compared == (4 * STEPS - 1) * 5
+
+
 def test_needed_bytes_are_a_row_there_and_a_sum_back_for_each_other_node() -> None:
     placement = linear_placement(6, [0, 1, 2])  # two experts a rank
     nodes = tuple(NodeInfo(slot, f"n{slot}", 1, "") for slot in range(3))

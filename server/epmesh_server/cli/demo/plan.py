@@ -40,8 +40,8 @@ class DemoPlan:
     ranks_per_node: int = 2
     prompts: tuple[str, ...] = PROMPTS
     num_steps: int = 64
-    temperature: float = 0.5
-    first_seed: int = 0
+    temperature: float = 0.6
+    first_seed: int = 24
     exchange_timeout_s: float = 15.0
 
     def __post_init__(self) -> None:

@@ -74,7 +74,7 @@ class Agreement:
     Attributes:
         num_texts, num_same: texts, and how many of them have the same tokens in both.
         first_difference: (prompt, step) of the earliest token that differs, or `None`.
-        num_compared: logits compared. Behind a differing token the inputs differ, so nothing is compared there.
+        num_compared: logits compared: those of tokens up to the first that differs; behind it the inputs differ.
         largest_difference: of two logits; not a number where one of them is none.
         largest_logit: of the reference, by magnitude.
     """
@@ -155,6 +155,7 @@ def compare(tokens: torch.Tensor, logits: torch.Tensor, reference: Reference) ->
     """Compares what the ranks generated, in the order of the prompts, with `reference`; shapes as there."""
     differs = tokens != reference.tokens
     comparable = differs.cumsum(dim=1) - differs.long() == 0  # up to and with the first token that differs
+    comparable &= (tokens >= 0) | (reference.tokens >= 0)  # an ended text has no logits
     differences = (logits - reference.logits)[comparable].abs()
     places = differs.nonzero().tolist()
     return Agreement(
