@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 _POLL_S = 0.25  # longest sleep between two looks at what no descriptor announces
 _FENCE_POLL_S = 0.005
+_HEARSAY_S = 5.0  # how long another member's word for a loss is taken; the coordinator decides long before
 _BLAME_GRACE_S = 0.1  # a remote member names the late rank better than this one can
 
 
@@ -49,6 +50,7 @@ class GroupMember:
             group.ranks, tuple(view.slot_of(rank) for rank in group.ranks), group.ranks.index(session.rank)
         )
         self.abandoned = 0  # highest sequence number given up, as far as known
+        self._heard_lost: dict[int, float] = {}  # global rank -> until when another member's word is taken for it
         self.inbox = hub.inbox(group.group_id, view.membership_epoch)
         self.row = session.page.open_group(group.group_id, group.sequence)
         self._done = group.sequence
@@ -136,7 +138,12 @@ class GroupMember:
         peers = {(info.rank, info.link_endpoint) for info in view.ranks.values()}
         evidence = page.lost() & view.ranks.keys() or self.hub.unreachable & peers
         broken = self.inbox.lost_messages and view.membership_epoch == self.membership_epoch
-        return not evidence and not broken and view.epoch >= max(page.committed, page.abort_epoch, self.view.epoch)
+        heard = view.membership_epoch == self.membership_epoch and self._heard_lost_lately()
+        newest = max(page.committed, page.abort_epoch, self.view.epoch)
+        return not evidence and not broken and not heard and view.epoch >= newest
+
+    def _heard_lost_lately(self) -> bool:
+        return any(until > time.monotonic() for until in self._heard_lost.values())
 
     def _done_or_open(self) -> int:
         return max(self._done, *self._open) if self._open else self._done
@@ -277,7 +284,11 @@ class GroupMember:
 
     def _abandoned(self, sequence: int) -> EpmeshError:
         self.abandoned = max(self.abandoned, sequence)
-        return errors.from_proto(self.inbox.abandoned[sequence].header.error)
+        error = errors.from_proto(self.inbox.abandoned[sequence].header.error)
+        if isinstance(error, PeerLost):
+            for rank in error.ranks:
+                self._heard_lost.setdefault(rank, time.monotonic() + _HEARSAY_S)
+        return error
 
     # Messages --------------------------------------------------------------------------------------------------
 
