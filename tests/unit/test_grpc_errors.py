@@ -46,10 +46,10 @@ class _Failing(rpc.DiscoveryServiceServicer):
     def __init__(self, error: EpmeshError) -> None:
         self.error = error
 
-    async def GetView(self, request: pb.GetViewRequest, context: Context) -> pb.GetViewResponse:  # noqa: N802
+    async def GetView(self, request: pb.GetViewRequest, context: Context) -> pb.GetViewResponse:
         await abort(context, self.error)
 
-    async def WatchViews(  # noqa: N802
+    async def WatchViews(
         self, request: pb.WatchViewsRequest, context: Context
     ) -> AsyncIterator[pb.WatchViewsResponse]:
         yield pb.WatchViewsResponse()
