@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # torch comes with these; it is imported when the screen alre
 Work = Callable[..., "RankReport"]
 
 _FRAME_S = 0.05
+_CLEANING_UP_S = 3.0  # more than it takes
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -43,7 +45,7 @@ def run_demo(plan: DemoPlan | None = None, *, work: Work | None = None, console:
     plan = plan or DemoPlan()
     screen = Screen(console or make_console(), plan)
     try:
-        with _interrupted_once():
+        with _interruptible():
             summary = _run(plan, screen, work)
     except KeyboardInterrupt:
         screen.failed("interrupted")
@@ -144,14 +146,19 @@ def _fork_server() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _interrupted_once() -> Iterator[None]:
-    """Has SIGTERM and SIGHUP end the block as Ctrl-C does, and nothing disturb the cleaning up after the first."""
+def _interruptible() -> Iterator[None]:
+    """Has SIGTERM and SIGHUP end the block as Ctrl-C does, and no second one disturb the cleaning up.
+
+    After a while a signal counts again: an exception raised inside a finalizer is dropped by the interpreter.
+    """
     before = {number: signal.getsignal(number) for number in _SIGNALS}
+    deaf_until = 0.0
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        nonlocal deaf_until
+        if time.monotonic() >= deaf_until:
+            deaf_until = time.monotonic() + _CLEANING_UP_S
+            raise KeyboardInterrupt
 
     for number in _SIGNALS:
         signal.signal(number, interrupt)
