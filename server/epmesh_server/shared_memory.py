@@ -23,7 +23,7 @@ MAX_GROUPS_PER_RANK = 64
 MAX_RANKS = 16_384
 
 _MAGIC = 0x6570_6D65_7368_0001
-_FENCE, _CUT_EPOCH, _ABORT_EPOCH, _COMMITTED, _CLOSED = 1, 2, 3, 4, 5
+_FENCE, _CUT_EPOCH, _ABORT_EPOCH, _COMMITTED, _CLOSED, _BLOCKED = 1, 2, 3, 4, 5, 6
 _ROWS_AT, _ROW_WORDS = 16, 8
 _KEY, _BEGUN, _DISPATCHED, _COMPLETED, _CUT = 0, 1, 2, 3, 4
 _LOST_AT = _ROWS_AT + MAX_GROUPS_PER_RANK * _ROW_WORDS
@@ -180,6 +180,16 @@ class ControlPage:
         self._words[free + _BEGUN : free + _COMPLETED + 1] = sequence
         self._words[free + _KEY] = group_id + 1
         return GroupRow(self, free)
+
+    @property
+    def blocked(self) -> int:
+        """The newest fence at which a call of this rank stands still, past the cut: what it has open cannot end before
+        that epoch is committed, so nobody need wait for it."""
+        return int(self._words[_BLOCKED])
+
+    def mark_blocked(self, epoch: int) -> None:
+        """A call waits for the commit of `epoch`."""
+        self._words[_BLOCKED] = epoch
 
     def progress(self) -> list[Progress]:
         """What the rank has begun and completed, by group; read after a barrier."""

@@ -136,9 +136,23 @@ def test_a_fence_that_comes_to_nothing_gives_way_to_the_next(rig: Rig) -> None:
     assert rig.member.view.epoch == 3
 
 
+def test_a_call_that_stands_still_past_the_cut_holds_no_commit_up(rig: Rig) -> None:
+    rig.member.begin()
+    rig.node.raise_fence(2)
+    seen: list[int] = []
+    rig.meanwhile = [
+        lambda: rig.node.publish_cuts(2, {EP: 1}),
+        lambda: seen.append(rig.node.blocked),
+        lambda: rig.commit(make_view(2, 0, 1, 2, 3)),
+    ]
+    with pytest.raises(StaleEpoch):
+        rig.member.begin()
+    assert seen == [2]
+
+
 def test_a_commit_that_never_comes_ends_in_a_typed_error(rig: Rig) -> None:
     rig.node.raise_fence(2)
-    with pytest.raises(MeshUnavailable, match=r"no commit of epoch 2 within 0\.2 s"):
+    with pytest.raises(MeshUnavailable, match=r"no commit of epoch 2 within 5\.2 s"):
         rig.member.begin()
 
 
@@ -248,3 +262,15 @@ def test_a_rank_that_missed_calls_goes_on_where_the_others_are(rig: Rig) -> None
     rig.member.resynchronise()
     assert rig.node.progress()[0].completed == 2
     assert rig.member.begin() == 3
+
+
+def test_a_view_with_a_member_that_another_lost_is_not_believed_at_once(rig: Rig) -> None:
+    sequence = rig.member.begin()
+    header = frame_pb2.FrameHeader(kind=frame_pb2.FRAME_KIND_ABANDON, sequence=sequence, source=2)
+    header.error.CopyFrom(PeerLost([1], 1).to_proto())
+    rig.inbox.put(Message(header, ()))
+    assert rig.member.usable(rig.view)
+    with pytest.raises(PeerLost):
+        rig.member.check(sequence)
+    assert not rig.member.usable(rig.view)
+    assert rig.member.usable(make_view(2, 0, 2))

@@ -162,7 +162,7 @@ class EpochFollower:
         deadline = loop.time() + min(command.timeout_s, MAX_FINISH_S)
         polls = iter(_POLL_S)
         pause_s = next(polls)
-        while not self._all_past(cuts, dispatched=command.members_unchanged):
+        while not self._all_past(command, cuts):
             if loop.time() >= deadline:
                 _log.warning("epoch %d: ranks did not reach the cut in %.1f s", command.epoch, command.timeout_s)
                 return
@@ -170,9 +170,12 @@ class EpochFollower:
             pause_s = next(polls, pause_s)
             publish()
 
-    def _all_past(self, cuts: dict[int, int], *, dispatched: bool) -> bool:
-        view = self._board.view
-        return all(past_cut(view, entry.page.progress(), cuts, dispatched=dispatched) for entry in self._table.all())
+    def _all_past(self, command: membership_service_pb2.Finish, cuts: dict[int, int]) -> bool:
+        view, unchanged = self._board.view, command.members_unchanged
+        return all(
+            entry.page.blocked == command.epoch or past_cut(view, entry.page.progress(), cuts, dispatched=unchanged)
+            for entry in self._table.all()
+        )
 
     def _stop_publishing(self) -> None:
         if self._publisher is not None:

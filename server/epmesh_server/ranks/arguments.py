@@ -163,8 +163,9 @@ def check_p2p_op(op: Any, ranks: Sequence[int]) -> tuple[bool, torch.Tensor, int
 
 def check_rows(tensors: Sequence[torch.Tensor], names: Sequence[str]) -> None:
     """Tensors that travel row for row: the first ones, by name, are matrices."""
-    if len(tensors) > MAX_TENSORS - 1:
-        raise InvalidRequest(f"{len(tensors)} tensors; at most {MAX_TENSORS - 1} can travel together")
+    most = MAX_TENSORS - 2  # row numbers and target codes may go with them
+    if len(tensors) > most:
+        raise InvalidRequest(f"{len(tensors)} tensors; at most {most} can travel together")
     for index, tensor in enumerate(tensors):
         name = names[index] if index < len(names) else f"extra_tensors[{index - len(names)}]"
         check_tensor(tensor)

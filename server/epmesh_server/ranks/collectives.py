@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from epmesh.errors import EpmeshError, InvalidRequest
+from epmesh.errors import InvalidRequest
 from epmesh.frames import Message
 from epmesh.v1 import frame_pb2
 from epmesh_server.ranks.buffers import Bytes
@@ -118,9 +118,9 @@ class Collectives:
 
         return self._numbered(describe("gather", arguments), run)
 
-    def agree(self, call: Call) -> tuple[int, dict[int, Call]]:
+    def agree(self, call: Call, timeout_s: float | None = None) -> tuple[int, dict[int, Call]]:
         """Only learns every member's call: the number, and the calls by global rank."""
-        result: dict[int, Call] = self._numbered(call, lambda calls: calls)
+        result: dict[int, Call] = self._numbered(call, lambda calls: calls, timeout_s)
         return self._sequence, result
 
     def process_group(self) -> object:
@@ -135,17 +135,15 @@ class Collectives:
 
     # Inside the node -------------------------------------------------------------------------------------------
 
-    def _numbered(self, call: Call, run: Callable[[dict[int, Call]], _T]) -> _T:
+    def _numbered(self, call: Call, run: Callable[[dict[int, Call]], _T], timeout_s: float | None = None) -> _T:
         """Compares calls, then runs; what goes wrong ends the number on all members."""
-        self._sequence, calls = self._exchange.round(call)
+        self._sequence, calls = self._exchange.round(call, timeout_s)
         self._steps = itertools.count()
         with Guard(self._member, self._sequence, call.method):
             try:
                 result = run(calls)
-            except BaseException as exc:
+            except BaseException:
                 self.close()
-                if isinstance(exc, EpmeshError) and self._sequence not in self._member.inbox.abandoned:
-                    self._member.abandon(self._sequence, exc)
                 raise
         self._member.complete(self._sequence)
         return result

@@ -18,6 +18,7 @@ from epmesh.errors import EpmeshError, InvalidRequest
 from epmesh.frames import Message
 from epmesh.layout import Ints
 from epmesh.v1 import frame_pb2
+from epmesh_server.ranks.arguments import check_tensor, refusals
 from epmesh_server.ranks.buffers import Region
 from epmesh_server.ranks.calls import Call, describe, verdict
 from epmesh_server.ranks.member import GroupMember
@@ -39,16 +40,15 @@ class CombineStage:
     def __init__(self, member: GroupMember, exchange: OpenExchange, hidden_states: torch.Tensor) -> None:
         self._member, self._topology, self._exchange = member, member.topology, exchange
         self._hidden = hidden_states
-        self._call = describe(
-            "combine", f"hidden={list(hidden_states.shape[1:])} dtype={dtype_name(hidden_states.dtype)}"
-        )
+        self._call = describe("combine")
         self.bytes_sent = self.floor_bytes = 0
 
     def post(self, is_sequence_parallel: bool, output: torch.Tensor | None) -> None:
         """Shows this rank's results, or its refusal, to its neighbours."""
         try:
-            self._check(is_sequence_parallel, output)
-        except InvalidRequest as exc:
+            with refusals():
+                self._check(is_sequence_parallel, output)
+        except EpmeshError as exc:
             self._call.refusal.CopyFrom(exc.to_proto())
         region = self._member.buffers.out(self._topology.me, self._exchange.slot)
         self._ends = [0, *itertools.accumulate(self._exchange.counts)]
@@ -63,9 +63,14 @@ class CombineStage:
 
     def _show(self, region: Region) -> None:
         """Puts the results where neighbours read them, unless the caller computed them there."""
-        shown = shown_rows(region, len(self._results), self._results.shape[1], shown_dtype(self._results.dtype))
-        if shown.data_ptr() != self._results.data_ptr():
-            shown.copy_(self._results)
+        results = self._results
+        shown = shown_rows(region, len(results), results.shape[1], shown_dtype(results.dtype))
+        ahead = results.data_ptr() - region.payload.ctypes.data
+        within = 0 <= ahead < len(region.payload)
+        if not (within and shown.data_ptr() == results.data_ptr() and results.is_contiguous()):
+            shown.copy_(
+                results.clone() if within else results
+            )  # a part of the buffer would be overwritten as it is read
         region.offsets[: len(self._ends)] = self._ends
 
     def collect(self) -> torch.Tensor:
@@ -98,6 +103,9 @@ class CombineStage:
 
     def _check(self, is_sequence_parallel: bool, output: torch.Tensor | None) -> None:
         hidden, received = self._hidden, self._exchange.num_returned
+        for tensor in (hidden,) if output is None else (hidden, output):
+            check_tensor(tensor)
+        self._call.arguments = f"hidden={list(hidden.shape[1:])} dtype={dtype_name(hidden.dtype)}"
         if hidden.dim() != 2 or hidden.shape[0] != received:
             raise InvalidRequest(
                 f"hidden_states is {list(hidden.shape)}; the dispatch returned {received} rows, so it must be "
@@ -222,13 +230,14 @@ class CombineStage:
         if failed is not None:
             refused[self._topology.slot] = failed
         if refused:
-            raise refused[min(refused)]
+            self._member.agreed = refused[min(refused)]
+            raise self._member.agreed
         calls = {min(shown): shown[min(shown)]}
         for slot, message in messages.items():
             lowest = min(self._member.global_rank(p) for p in self._topology.members[slot])
             calls[lowest] = Call.FromString(message.header.call)
             assert slot_of(lowest) == slot
-        error = verdict(calls)
+        error = self._member.agreed = verdict(calls)
         if error is not None:
             raise error
         for slot, message in messages.items():

@@ -410,7 +410,7 @@ class JoinedCommunicator(Communicator):
             else:
                 placement = Placement(num_experts, {rank: tuple(call.numbers) for rank, call in calls.items()})
             removed = self._checked("set_expert_placement", lambda: self._load_added(placement, layer))
-            request_id = self._agree("set_expert_placement", "loaded")
+            request_id = self._agree("set_expert_placement", "loaded", self._rank_process.timeout_s)
             self._rank_process.set_placement(request_id, placement, layer)
             self._member.adopt_change()
             if removed and self._rank_process.load is not None:
@@ -459,9 +459,9 @@ class JoinedCommunicator(Communicator):
             self._collectives.agree(describe(method, refusal=exc))
             raise
 
-    def _agree(self, method: str, what: str) -> str:
+    def _agree(self, method: str, what: str, timeout_s: float | None = None) -> str:
         """Makes sure that all ranks call the same; returns an id of the call that is the same on all."""
-        sequence, _ = self._collectives.agree(describe(method, what))
+        sequence, _ = self._collectives.agree(describe(method, what), timeout_s)
         return f"{self.view.mesh_id}/{self._member.group_id}/{self._member.membership_epoch}/{sequence}"
 
 

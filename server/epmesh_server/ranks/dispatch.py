@@ -91,7 +91,7 @@ class DispatchStage:
             if position != self._topology.me:
                 self._post_neighbour(position, encoded)
 
-    def wait(self) -> dict[int, Call]:
+    def wait(self, timeout_s: float | None = None) -> dict[int, Call]:
         """Waits for everybody's part, passing on what comes on this rank's rail.
 
         Returns:
@@ -119,14 +119,15 @@ class DispatchStage:
             told = [p for p in pending if p in self._topology.local or self._rail_here(p) not in waiting]
             return told or pending
 
-        member.wait_until(ready, self.sequence, time.monotonic() + member.timeout_s, late)
+        limit_s = member.timeout_s if timeout_s is None else timeout_s
+        member.wait_until(ready, self.sequence, time.monotonic() + limit_s, late)
         self._arrived = {
             source: member.buffers.recv(topology.me, self.sequence, source)
             for source in map(int, np.flatnonzero(direct))
         }
         calls = self._calls()
         member.abandoned = max(call.abandoned for call in calls.values())
-        error = verdict(calls)
+        error = member.agreed = verdict(calls)
         if error is not None:
             raise error
         return calls
@@ -152,7 +153,9 @@ class DispatchStage:
                 meta = meta_of(tensor)
                 meta.shape[0] = len(rows)
                 header.tensors.append(meta)
-                frames.append(_flat(_take(source, rows)))
+                taken = _take(source, rows)
+                # ZeroMQ reads the frame after this call; the caller may change its tensor by then.
+                frames.append(_flat(taken.copy() if taken is source else taken))
             self.floor_bytes += sum(map(len, frames))
             codes = self._layout.codes_to_node[slot]
             if codes is not None:

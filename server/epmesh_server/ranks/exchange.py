@@ -31,6 +31,7 @@ from epmesh_server.ranks.combine import CombineStage, shown_dtype, shown_rows
 from epmesh_server.ranks.dispatch import IDS_AT, DispatchStage
 from epmesh_server.ranks.member import GroupMember
 from epmesh_server.ranks.tensors import as_rows, row_bytes
+from epmesh_server.shared_memory import BufferLayout
 
 _log = logging.getLogger(__name__)
 
@@ -196,8 +197,11 @@ class Exchange:
         self._last: OpenExchange | None = None  # what a plain combine is for
         self._open: dict[int, OpenExchange] = {}  # by slot
 
-    def round(self, call: Call) -> tuple[int, dict[int, Call]]:
+    def round(self, call: Call, timeout_s: float | None = None) -> tuple[int, dict[int, Call]]:
         """A dispatch without rows: every member learns every member's call; the number stays open.
+
+        Args:
+            timeout_s: how long to wait for the others, if not as long as ever.
 
         Returns:
             The sequence number, which the caller completes, and the calls by global rank.
@@ -210,7 +214,7 @@ class Exchange:
         with Guard(self.member, sequence, call.method):
             stage = DispatchStage(self.member, sequence, [], None)
             stage.post(call)
-            calls = stage.wait()
+            calls = stage.wait(timeout_s)
             self.member.dispatched(sequence)
         return sequence, calls
 
@@ -228,6 +232,7 @@ class Exchange:
         """Sends rows out."""
         slot = self._free_slot()
         sequence = self.member.begin()
+        self._settle_all(sequence - BufferLayout.TURNS + 1)
         with Guard(self.member, sequence, request.method):
             layout, call = self._plan(request)
             stage = DispatchStage(self.member, sequence, request.tensors, layout)
@@ -298,9 +303,11 @@ class Exchange:
         if self._last is not None:
             self._close(self._last)
 
-    def _settle_all(self) -> None:
-        """Takes in what is under way before a third call is posted (see BufferLayout)."""
+    def _settle_all(self, newest: int | None = None) -> None:
+        """Takes in what is under way, up to the number `newest`, before another call is posted (see BufferLayout)."""
         for exchange in list(self._open.values()):
+            if newest is not None and exchange.sequence > newest:
+                continue
             try:
                 exchange.settle()
             except _BROKEN:
@@ -356,11 +363,17 @@ class Guard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, PeerLost):  # others may not have noticed yet
-            self._member.abandon(self._sequence, error)
-        if error is None or isinstance(error, _BROKEN):
+        if error is None:
             return
-        if not isinstance(error, EpmeshError):
-            text = f"{self._method} failed on rank {self._member.session.rank}: {type(error).__name__}: {error}"
-            self._member.abandon(self._sequence, DeadlineExceeded(self._member.session.rank, self._sequence, text))
-        self._member.complete(self._sequence)
+        member, sequence = self._member, self._sequence
+        known = error is member.agreed or sequence in member.inbox.abandoned or sequence == member.abandoned
+        if isinstance(error, _BROKEN):
+            if isinstance(error, PeerLost) and not known:  # others may not have noticed yet
+                member.abandon(sequence, error)
+            return
+        if not known:
+            rank = member.session.rank
+            text = f"{self._method} failed on rank {rank}: {type(error).__name__}: {error}"
+            told = error if isinstance(error, EpmeshError) else DeadlineExceeded(rank, sequence, text)
+            member.abandon(sequence, told)
+        member.complete(sequence)

@@ -49,9 +49,14 @@ class Inbox:
         self.taken: dict[int, int] = {}  # receiver -> highest number it took
         self._messages: dict[Key, Message] = {}
         self._bytes = 0
+        self._lock = threading.Lock()  # one thread puts, for all groups; another takes
 
     def put(self, message: Message) -> bool:
         """Files a message; False where the budget is spent."""
+        with self._lock:
+            return self._put(message)
+
+    def _put(self, message: Message) -> bool:
         header = message.header
         if header.kind == frame_pb2.FRAME_KIND_ABANDON:
             self.abandoned.setdefault(header.sequence, message)
@@ -70,20 +75,22 @@ class Inbox:
 
     def take(self, kind: int, sequence: int, step: int, source: int) -> Message | None:
         """Removes and returns a message, if it is there."""
-        message = self._messages.pop((kind, sequence, step, source), None)
-        return self._released(message)
+        with self._lock:
+            return self._released(self._messages.pop((kind, sequence, step, source), None))
 
     def take_point_to_point(self, source: int) -> Message | None:
         """Removes and returns the next message that `source` sent."""
-        waiting = self.point_to_point.get(source)
-        return self._released(waiting.popleft()) if waiting else None
+        with self._lock:
+            waiting = self.point_to_point.get(source)
+            return self._released(waiting.popleft()) if waiting else None
 
     def forget(self, sequence: int) -> None:
         """Drops what belongs to `sequence` and to exchanges before it."""
-        for key in [key for key in self._messages if key[1] <= sequence]:
-            self._released(self._messages.pop(key))
-        for old in [number for number in self.abandoned if number <= sequence]:
-            del self.abandoned[old]
+        with self._lock:
+            for key in [key for key in self._messages if key[1] <= sequence]:
+                self._released(self._messages.pop(key))
+            for old in [number for number in self.abandoned if number <= sequence]:
+                del self.abandoned[old]
 
     def _released(self, message: Message | None) -> Message | None:
         if message is not None:
@@ -185,6 +192,10 @@ class LinkHub:
         with self._receive_lock:
             for past in [key for key in self._expected if key[2] < epoch]:
                 del self._expected[past]
+            current = self._current.items()
+            for stray in [key for key in self._inboxes if key[1] < epoch and key not in current]:
+                del self._inboxes[stray]
+            self._pollers.clear()
 
     def close(self, linger_s: float = 1.0) -> None:
         """Ends all links; what was sent before gets up to `linger_s` to leave."""
@@ -322,6 +333,8 @@ class _Watcher:
 
     def _timeout_ms(self) -> int | None:
         now = time.monotonic()
+        if any(at <= now and peer not in self._told for peer, at in self._down_at.items()):
+            return 0
         pending = [at for at in self._down_at.values() if at > now]
         return int((min(pending) - now) * 1000) + 1 if pending else None
 

@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 _POLL_S = 0.25  # longest sleep between two looks at what no descriptor announces
 _FENCE_POLL_S = 0.005
 _HEARSAY_S = 5.0  # how long another member's word for a loss is taken; the coordinator decides long before
+_COMMIT_S = 5.0  # what a commit may take besides waiting for the cut
 _BLAME_GRACE_S = 0.1  # a remote member names the late rank better than this one can
 
 
@@ -49,6 +50,7 @@ class GroupMember:
         self.topology = Topology(
             group.ranks, tuple(view.slot_of(rank) for rank in group.ranks), group.ranks.index(session.rank)
         )
+        self.agreed: EpmeshError | None = None  # the last error that all members found by comparing their calls
         self.abandoned = 0  # highest sequence number given up, as far as known
         self._heard_lost: dict[int, float] = {}  # global rank -> until when another member's word is taken for it
         self.inbox = hub.inbox(group.group_id, view.membership_epoch)
@@ -86,7 +88,7 @@ class GroupMember:
         Raises:
             PeerLost, StaleEpoch: the members changed; `wait_ready` goes on.
         """
-        deadline = time.monotonic() + self.timeout_s
+        deadline = time.monotonic() + self.timeout_s + _COMMIT_S
         sequence = self._done_or_open() + 1
         while True:
             self.row.begun = sequence
@@ -101,7 +103,8 @@ class GroupMember:
                 self._open.add(sequence)
                 return sequence
             if time.monotonic() > deadline:
-                raise MeshUnavailable(f"no commit of epoch {self.session.page.fence} within {self.timeout_s:g} s")
+                waited_s = self.timeout_s + _COMMIT_S
+                raise MeshUnavailable(f"no commit of epoch {self.session.page.fence} within {waited_s:g} s")
             self._sleep(_FENCE_POLL_S)
 
     def adopt_change(self) -> None:
@@ -126,7 +129,7 @@ class GroupMember:
         """Ends whatever is open, and passes over calls that this rank never made and others gave up waiting for."""
         for sequence in sorted(self._open):
             self.complete(sequence)
-        newest = max(self.inbox.abandoned, default=0)
+        newest = max(dict(self.inbox.abandoned), default=0)
         if newest > self._done:
             self.abandoned = max(self.abandoned, newest)
             self.row.begun = newest
@@ -154,11 +157,15 @@ class GroupMember:
         fence = page.fence
         if fence <= self.view.epoch:
             return True
+        if page.cut_epoch == fence:
+            if sequence <= self.row.cut:
+                return True  # in the old epoch, and by its placement, as the others
+            page.mark_blocked(fence)
         newest = self.session.view
         if newest is not None and newest.epoch > self.view.epoch and newest.epoch >= page.committed:
             self._adopt_or_raise(newest)
             return fence <= self.view.epoch
-        return page.cut_epoch == fence and sequence <= self.row.cut
+        return False
 
     def _adopt_or_raise(self, newest: View) -> None:
         if newest.membership_epoch != self.view.membership_epoch:
@@ -243,7 +250,7 @@ class GroupMember:
         return lost & frozenset(self.topology.ranks) if lost else lost
 
     def _frames_lost(self) -> EpmeshError:
-        source, missing = min(self.inbox.lost_messages.items())
+        source, missing = min(dict(self.inbox.lost_messages).items())
         if source in self.view.ranks:
             peer = (source, self.view.ranks[source].link_endpoint)
             self.session.report_unreachable(self.hub.unreachable | {peer})
