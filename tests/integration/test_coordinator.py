@@ -125,7 +125,7 @@ def test_a_killed_process_is_dead_and_did_not_leave(tmp_path: Path, caplog: pyte
 
     async def test(running: Running) -> None:
         (a,) = await joined(running.address, 1)
-        for number in range(5):
+        for number in range(3):
             child = await asyncio.create_subprocess_exec(
                 sys.executable, "-c", _NODE, running.address, str(number + 100), stdout=subprocess.PIPE
             )
@@ -135,7 +135,7 @@ def test_a_killed_process_is_dead_and_did_not_leave(tmp_path: Path, caplog: pyte
             await a.client.view_where(lambda view: len(view.nodes) == 1)
 
     run(tmp_path, test)
-    assert sum("control stream broke" in record.message for record in caplog.records) == 5
+    assert sum("control stream broke" in record.message for record in caplog.records) == 3
     assert not any("left" in record.message for record in caplog.records)
 
 
@@ -146,6 +146,44 @@ from tests.integration.raw_node import RawNode
 async def main():
     node = RawNode(sys.argv[1], "child", int(sys.argv[2]))
     await node.join()
+    await node.serve()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.fault
+def test_a_stopped_process_is_noticed_before_its_lease_ends_and_a_busy_one_is_left_alone(tmp_path: Path) -> None:
+    async def test(running: Running) -> None:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", _BUSY_NODE, running.address, stdout=subprocess.PIPE
+        )
+        assert child.stdout is not None
+        client = Client(running.address)
+        await client.view_where(lambda view: len(view.nodes) == 1)
+        assert await child.stdout.readline() == b"was busy\n"
+        assert len((await client.view()).nodes) == 1
+        child.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        await client.view_where(lambda view: not view.nodes)
+        assert time.monotonic() - began < 8.0  # four times what is promised
+        child.kill()
+        await child.wait()
+
+    run(tmp_path, test, min_nodes=0, lease_s=60.0)
+
+
+# Holds its interpreter lock for longer than a ping may take.
+_BUSY_NODE = """
+import asyncio, ctypes, sys
+from tests.integration.raw_node import RawNode
+
+async def main():
+    node = RawNode(sys.argv[1], "child")
+    await node.join()
+    await node.commit()
+    ctypes.PyDLL(None).sleep(3)
+    print("was busy", flush=True)
     await node.serve()
 
 asyncio.run(main())

@@ -30,6 +30,7 @@ _OPTIONS = (
     # Without these a half-open connection hangs a call for good, and clients' pings would be punished.
     ("grpc.keepalive_time_ms", 500),
     ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.http2.ping_timeout_ms", 1500),  # without it a stopped client goes unnoticed for a minute
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 100),
