@@ -55,6 +55,7 @@ class DispatchStage:
         self._widths = [row_bytes(tensor) for tensor in self._tensors]
         self._arrived: dict[int, Region] = {}
         self.passed_on: dict[int, _PassedOn] = {}
+        self._kept: list[Bytes] = []
         self.counts: list[int] = []
         self.bytes_sent = self.floor_bytes = 0
 
@@ -90,6 +91,12 @@ class DispatchStage:
         for position in self._topology.local:
             if position != self._topology.me:
                 self._post_neighbour(position, encoded)
+
+    def keep_own_rows(self) -> None:
+        """Copies the rows this rank has for itself, because its caller may change them before `assemble`."""
+        if self._layout is not None:
+            rows = self._own_rows()
+            self._kept = [row.copy() if row is source else row for row, source in zip(rows, self._sources, strict=True)]
 
     def wait(self, timeout_s: float | None = None) -> dict[int, Call]:
         """Waits for everybody's part, passing on what comes on this rank's rail.
@@ -244,7 +251,7 @@ class DispatchStage:
     def _rows_from(self, position: int) -> list[Bytes]:
         """The rows of one source, an array ``[n, width]`` for every tensor."""
         if position == self._topology.me:
-            return self._own_rows()
+            return self._kept or self._own_rows()
         if position in self._arrived:
             region = self._arrived[position]
             return region.arrays(region.num_rows, self._widths)

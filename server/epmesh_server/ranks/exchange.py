@@ -155,6 +155,11 @@ class OpenExchange(Handle):
         self._received = self._request.shape(rows)
         self._owner.count(stage, time.perf_counter() - started)
 
+    def keep_own_rows(self) -> None:
+        """Copies what this rank has for itself, if the rows were not taken in yet."""
+        if self._stage is not None:
+            self._stage.keep_own_rows()
+
     def compact(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The rows of `hidden_states` that were received, by source rank, then source row."""
         return hidden_states if self._slots is None else hidden_states.index_select(0, self._slots)
@@ -222,14 +227,19 @@ class Exchange:
         """Sends rows out and takes rows in; the exchange becomes the one that a plain combine is for."""
         self.release()
         started = time.perf_counter()
-        exchange = self.start(request)
+        exchange = self._start(request)
         self._last = exchange
         exchange.settle()
         self.stats.dispatch_s[-1] = time.perf_counter() - started
         return exchange._received
 
     def start(self, request: Request) -> OpenExchange:
-        """Sends rows out."""
+        """Sends rows out; the caller may change its tensors as soon as this returns."""
+        exchange = self._start(request)
+        exchange.keep_own_rows()
+        return exchange
+
+    def _start(self, request: Request) -> OpenExchange:
         slot = self._free_slot()
         sequence = self.member.begin()
         self._settle_all(sequence - BufferLayout.TURNS + 1)
