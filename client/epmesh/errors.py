@@ -219,7 +219,7 @@ _WIRE = (
 )
 _WIRE_BY_CLASS = {wire.cls: wire for wire in _WIRE}
 _WIRE_BY_CODE = {wire.code: wire for wire in _WIRE}
-_FALLBACK = {
+_FALLBACK: dict[grpc.StatusCode, Callable[[str], EpmeshError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: lambda text: DeadlineExceeded(message=text),
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
@@ -246,7 +246,7 @@ def from_rpc_error(error: grpc.RpcError, what: str) -> EpmeshError:
 
     Raise it from the call's error: ``raise from_rpc_error(exc, "RegisterNode at 10.0.0.1:7401") from exc``.
     """
-    trailing = getattr(error, "trailing_metadata", tuple)() or ()
+    trailing: Iterable[tuple[str, bytes]] = getattr(error, "trailing_metadata", tuple)() or ()
     for key, value in trailing:
         if key == METADATA_KEY:
             return from_proto(error_pb2.Error.FromString(value))

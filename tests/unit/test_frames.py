@@ -16,7 +16,7 @@ def header(*metas: frame_pb2.TensorMeta) -> frame_pb2.FrameHeader:
 
 
 @given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=4)), max_size=5))
-def test_a_message_comes_back_as_it_was(tensors):
+def test_a_message_comes_back_as_it_was(tensors: list[tuple[str, list[int]]]) -> None:
     metas = [frames.tensor_meta(dtype, shape) for dtype, shape in tensors]
     data = [bytes(range(256)) * (frames.num_bytes(meta) // 256) + bytes(frames.num_bytes(meta) % 256) for meta in metas]
     message = frames.decode(frames.encode(header(*metas), data))
@@ -25,7 +25,7 @@ def test_a_message_comes_back_as_it_was(tensors):
 
 
 @given(st.lists(st.binary(max_size=200), max_size=4))
-def test_arbitrary_bytes_are_refused_or_decoded_but_never_crash(parts):
+def test_arbitrary_bytes_are_refused_or_decoded_but_never_crash(parts: list[bytes]) -> None:
     try:
         message = frames.decode(parts)
     except InvalidRequest:
@@ -34,7 +34,7 @@ def test_arbitrary_bytes_are_refused_or_decoded_but_never_crash(parts):
 
 
 @given(st.data())
-def test_a_damaged_message_is_refused_or_has_lengths_that_fit(data):
+def test_a_damaged_message_is_refused_or_has_lengths_that_fit(data: st.DataObject) -> None:
     meta = frames.tensor_meta("float32", (2, 3))
     whole = [bytes(frame) for frame in frames.encode(header(meta), [bytes(24)])]
     which = data.draw(st.integers(0, 1))
@@ -62,11 +62,11 @@ def test_a_damaged_message_is_refused_or_has_lengths_that_fit(data):
         ([header(frame_pb2.TensorMeta(dtype="int8", shape=[1 << 40, 1 << 40])).SerializeToString(), b"1"], "at most"),
     ],
 )
-def test_each_lie_is_refused_by_name(parts, text):
+def test_each_lie_is_refused_by_name(parts: list[bytes], text: str) -> None:
     with pytest.raises(InvalidRequest, match=text):
         frames.decode(parts)
 
 
-def test_a_dtype_that_does_not_travel_is_refused():
+def test_a_dtype_that_does_not_travel_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="complex128 cannot travel"):
         frames.tensor_meta("complex128", (1,))

@@ -49,9 +49,7 @@ class _Failing(rpc.DiscoveryServiceServicer):
     async def GetView(self, request: pb.GetViewRequest, context: Context) -> pb.GetViewResponse:
         await abort(context, self.error)
 
-    async def WatchViews(
-        self, request: pb.WatchViewsRequest, context: Context
-    ) -> AsyncIterator[pb.WatchViewsResponse]:
+    async def WatchViews(self, request: pb.WatchViewsRequest, context: Context) -> AsyncIterator[pb.WatchViewsResponse]:
         yield pb.WatchViewsResponse()
         await abort(context, self.error)
 

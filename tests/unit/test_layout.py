@@ -1,6 +1,7 @@
 """The layout against the sentence it implements, for any routing, placement and topology."""
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,9 +10,11 @@ from epmesh.errors import ExpertUnavailable, InvalidRequest
 from epmesh.layout import Topology, broadcast_layout, make_reach, make_routing, relay_ids, relay_rows, routed_layout
 from epmesh.placement import Placement, linear_placement
 
+Case = tuple[Topology, Placement, npt.NDArray[np.int64]]
+
 
 @st.composite
-def topologies(draw):
+def topologies(draw: st.DrawFn) -> Topology:
     nodes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
     slots = sorted(draw(st.permutations(range(5)))[: len(nodes)])
     ranks = [(slot * 8 + local, slot) for slot, count in zip(slots, nodes, strict=True) for local in range(count)]
@@ -20,7 +23,7 @@ def topologies(draw):
 
 
 @st.composite
-def cases(draw):
+def cases(draw: st.DrawFn) -> Case:
     topology = draw(topologies())
     num_experts = draw(st.integers(1, 6))
     holders = {
@@ -34,7 +37,7 @@ def cases(draw):
 
 
 @given(cases())
-def test_every_id_is_computed_by_exactly_one_holder(case):
+def test_every_id_is_computed_by_exactly_one_holder(case: Case) -> None:
     topology, placement, ids = case
     routing = make_routing(placement, topology, make_reach(topology, 8))
     layout = routed_layout(ids, routing, topology)
@@ -54,7 +57,7 @@ def test_every_id_is_computed_by_exactly_one_holder(case):
 
 
 @given(cases())
-def test_rows_travel_once_per_rank_and_once_per_node(case):
+def test_rows_travel_once_per_rank_and_once_per_node(case: Case) -> None:
     topology, placement, ids = case
     layout = routed_layout(ids, make_routing(placement, topology, make_reach(topology, 8)), topology)
     for rows in layout.rows_to:
@@ -65,7 +68,7 @@ def test_rows_travel_once_per_rank_and_once_per_node(case):
 
 
 @given(cases())
-def test_a_relay_passes_on_just_what_the_source_meant(case):
+def test_a_relay_passes_on_just_what_the_source_meant(case: Case) -> None:
     topology, placement, ids = case
     layout = routed_layout(ids, make_routing(placement, topology, make_reach(topology, 8)), topology)
     for slot, rows in layout.rows_to_node.items():
@@ -77,7 +80,7 @@ def test_a_relay_passes_on_just_what_the_source_meant(case):
 
 
 @given(topologies(), st.integers(0, 5), st.data())
-def test_a_broadcast_reaches_every_eligible_member(topology, num_tokens, data):
+def test_a_broadcast_reaches_every_eligible_member(topology: Topology, num_tokens: int, data: st.DataObject) -> None:
     eligible = data.draw(st.lists(st.sampled_from(range(topology.world_size)), unique=True))
     layout = broadcast_layout(num_tokens, topology, eligible)
     for position in range(topology.world_size):
@@ -90,7 +93,7 @@ def test_a_broadcast_reaches_every_eligible_member(topology, num_tokens, data):
 
 
 @given(topologies())
-def test_rails_pair_every_member_with_one_rank_of_every_node(topology):
+def test_rails_pair_every_member_with_one_rank_of_every_node(topology: Topology) -> None:
     for position, slot in enumerate(topology.slots):
         for other in topology.members:
             rail = topology.rail(position, other)
@@ -99,11 +102,11 @@ def test_rails_pair_every_member_with_one_rank_of_every_node(topology):
                 assert topology.rail(rail, slot) == position
 
 
-def test_replicas_prefer_the_same_rank_then_the_same_node_then_take_turns():
+def test_replicas_prefer_the_same_rank_then_the_same_node_then_take_turns() -> None:
     placement = Placement(1, {0: (0,), 1: (0,), 8: (0,), 9: (0,)})
     ids = np.zeros((8, 1), np.int64)
 
-    def counts(ranks, slots, me):
+    def counts(ranks: tuple[int, ...], slots: tuple[int, ...], me: int) -> list[int]:
         topology = Topology(ranks, slots, me)
         layout = routed_layout(ids, make_routing(placement, topology, make_reach(topology, 8)), topology)
         return [len(rows) for rows in layout.rows_to]
@@ -113,7 +116,7 @@ def test_replicas_prefer_the_same_rank_then_the_same_node_then_take_turns():
     assert counts((16, 1, 8, 9), (2, 0, 1, 1), 0) == [0, 3, 3, 2]
 
 
-def test_ids_of_tensor_parallel_siblings_pass_unchanged():
+def test_ids_of_tensor_parallel_siblings_pass_unchanged() -> None:
     topology = Topology((0, 1), (0, 0), 0)
     routing = make_routing(linear_placement(4, (0, 1)), topology, make_reach(topology, 8, 2))
     layout = routed_layout(np.array([[0, 3], [2, 3]]), routing, topology)
@@ -122,7 +125,7 @@ def test_ids_of_tensor_parallel_siblings_pass_unchanged():
 
 
 @given(st.data())
-def test_ranks_with_the_same_tokens_together_compute_every_id_once(data):
+def test_ranks_with_the_same_tokens_together_compute_every_id_once(data: st.DataObject) -> None:
     size, nodes = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     ranks = [slot * 8 + local for slot in range(nodes) for local in range(size * data.draw(st.integers(1, 2)))]
     held = st.lists(st.sampled_from(ranks), min_size=1, max_size=4, unique=True)
@@ -142,7 +145,7 @@ def test_ranks_with_the_same_tokens_together_compute_every_id_once(data):
     assert np.array_equal((np.stack(targets) >= 0).sum(0), ids >= 0)
 
 
-def test_experts_that_no_rank_with_these_tokens_may_send_to_are_not_available():
+def test_experts_that_no_rank_with_these_tokens_may_send_to_are_not_available() -> None:
     topology = Topology((0, 8, 9), (0, 1, 1), 0)  # rank 1, which would send to rank 9, is dead
     routing = make_routing(linear_placement(3, (0, 8, 9)), topology, make_reach(topology, 8, 2))
     with pytest.raises(ExpertUnavailable) as caught:
@@ -151,14 +154,14 @@ def test_experts_that_no_rank_with_these_tokens_may_send_to_are_not_available():
 
 
 @pytest.mark.parametrize("bad", [-2, 4])
-def test_an_id_out_of_range_is_named_with_its_row(bad):
+def test_an_id_out_of_range_is_named_with_its_row(bad: int) -> None:
     topology = Topology((0,), (0,), 0)
     routing = make_routing(linear_placement(4, (0,)), topology, make_reach(topology, 8))
     with pytest.raises(InvalidRequest, match=rf"topk_ids has {bad} in row 1; ids are -1 \(none\) to 3"):
         routed_layout(np.array([[0], [bad]]), routing, topology)
 
 
-def test_experts_without_a_living_holder_are_all_named():
+def test_experts_without_a_living_holder_are_all_named() -> None:
     topology = Topology((0,), (0,), 0)
     routing = make_routing(linear_placement(6, (0, 1, 2)), topology, make_reach(topology, 8))
     with pytest.raises(ExpertUnavailable) as caught:
@@ -166,5 +169,5 @@ def test_experts_without_a_living_holder_are_all_named():
     assert caught.value.experts == (3, 5)
 
 
-def test_the_linear_default_gives_the_first_ranks_one_more():
+def test_the_linear_default_gives_the_first_ranks_one_more() -> None:
     assert linear_placement(7, (0, 1, 8)).experts_of == {0: (0, 1, 2), 1: (3, 4), 8: (5, 6)}
