@@ -94,6 +94,15 @@ def combine_twice(comm: Communicator) -> None:
     comm.combine(rows, True)
 
 
+def skip_combine(comm: Communicator, instead: Callable[[], Any]) -> None:
+    """The last rank makes another call where the others combine."""
+    rows = dispatch(comm, layer=99)[0]
+    if last(comm):
+        instead()
+    else:
+        comm.combine(rows, True)
+
+
 COLLECTIVE: dict[str, Wrong] = {
     # Shapes and dtypes that differ between ranks
     "all_reduce of different shapes": Wrong(
@@ -167,6 +176,12 @@ COLLECTIVE: dict[str, Wrong] = {
     "dispatches of both kinds": Wrong(
         lambda c: c.dispatch_router_logits(ones(3, 4), ones(3, 8), True) if last(c) else dispatch(c),
         ("dispatch", "dispatch_router_logits"),
+    ),
+    "a dispatch in the place of a combine": Wrong(
+        lambda c: skip_combine(c, lambda: dispatch(c)), ("dispatch", "combine", "rank")
+    ),
+    "a sum in the place of a combine": Wrong(
+        lambda c: skip_combine(c, lambda: c.all_reduce(ones(3))), ("all_reduce", "combine", "rank")
     ),
     # Dispatch
     "weights of another shape than the ids": Wrong(

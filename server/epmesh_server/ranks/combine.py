@@ -132,8 +132,14 @@ class CombineStage:
         def late() -> list[int]:
             return [self._topology.local[index] for index in np.flatnonzero(flags != flag)]
 
+        def ready() -> bool:
+            here = flags == flag
+            if not here.all():
+                self._look_for_strays([p for p, shown in zip(self._topology.local, here, strict=True) if not shown])
+            return bool(here.all())
+
         deadline = time.monotonic() + member.timeout_s
-        member.wait_until(lambda: bool((flags == flag).all()), self._exchange.sequence, deadline, late)
+        member.wait_until(ready, self._exchange.sequence, deadline, late)
         known = {self._encoded: self._call}
         calls: dict[int, Call] = {}
         for position in self._topology.local:
@@ -185,6 +191,41 @@ class CombineStage:
         start, stop = (int(offset) for offset in region.offsets[source : source + 2])
         return shown_rows(region, stop, self._hidden.shape[1], shown_dtype(self._hidden.dtype))[start:]
 
+    # Members that went on without this combine -------------------------------------------------------------------
+
+    def _look_for_strays(self, positions: list[int]) -> None:
+        """Local members that have not come to this combine must not have begun the next call either."""
+        sequence = self._exchange.sequence + 1
+        flags, flag = self._member.buffers.recv_flags(sequence), np.uint64(self._member.flag(sequence))
+        for position in positions:
+            # A member shows its results before it begins the next call, so they are looked for last.
+            if flags[position] == flag and not self._came(position):
+                self._refuse_stray(position, self._member.buffers.recv(self._topology.me, sequence, position).call)
+
+    def _came(self, position: int) -> bool:
+        shown = self._member.buffers.out_flags(self._exchange.slot)[self._topology.local.index(position)]
+        return bool(shown == np.uint64(self._member.flag(self._exchange.sequence)))
+
+    def _look_for_remote_strays(self, positions: list[int]) -> None:
+        """Nor may the members that owe this rank sums: they send them before their next call."""
+        for position in positions:
+            message = self._member.peek(frame_pb2.FRAME_KIND_DISPATCH, self._exchange.sequence + 1, position)
+            if message is not None:
+                self._refuse_stray(position, message.header.call)
+
+    def _refuse_stray(self, position: int, call: bytes) -> None:
+        """Ends the exchange, and the call that was begun in its place, for all members."""
+        member, sequence = self._member, self._exchange.sequence
+        if member.row.begun > sequence or sequence in member.inbox.abandoned:
+            return  # two exchanges are open, and all began the second before the first's combine; or it was given up
+        rank, method = member.global_rank(position), Call.FromString(call).method
+        text = f"ranks called different methods: {method} on rank {rank}, combine on others; "
+        member.agreed = InvalidRequest(f"{text}call the same, in the same order")
+        member.abandon(sequence + 1, member.agreed)  # in this order: who hears of the second has heard of the first
+        member.abandon(sequence, member.agreed)
+        member.pass_over(sequence + 1)
+        raise member.agreed
+
     # Between nodes ---------------------------------------------------------------------------------------------
 
     def _send_sums(self, source: int, shown: dict[int, Call], failed: EpmeshError | None) -> None:
@@ -204,6 +245,7 @@ class CombineStage:
         """Waits for the sums of every other node; by slot."""
         member, topology = self._member, self._topology
         pending = list(topology.remote_slots)
+        rails = {slot: topology.rail(topology.me, slot) for slot in pending}
         arrived: dict[int, Message] = {}
 
         def arrive(slot: int) -> bool:
@@ -214,10 +256,10 @@ class CombineStage:
 
         def ready() -> bool:
             pending[:] = [slot for slot in pending if not arrive(slot)]
+            self._look_for_remote_strays([rails[slot] for slot in pending])
             return not pending
 
         deadline = time.monotonic() + member.timeout_s
-        rails = {slot: topology.rail(topology.me, slot) for slot in pending}
         member.wait_until(ready, self._exchange.sequence, deadline, lambda: [rails[slot] for slot in pending])
         return arrived
 

@@ -286,6 +286,8 @@ class Exchange:
         except BaseException as exc:
             if not isinstance(exc, _BROKEN):
                 self._close(exchange)
+            if isinstance(exc, InvalidRequest):
+                self.member.pass_over(exchange.sequence + 1, exc)
             raise
         self._close(exchange)
         self.stats.bytes_sent += stage.bytes_sent

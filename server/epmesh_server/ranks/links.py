@@ -78,6 +78,10 @@ class Inbox:
         with self._lock:
             return self._released(self._messages.pop((kind, sequence, step, source), None))
 
+    def peek(self, kind: int, sequence: int, step: int, source: int) -> Message | None:
+        """A message, if it is there; it stays."""
+        return self._messages.get((kind, sequence, step, source))
+
     def take_point_to_point(self, source: int) -> Message | None:
         """Removes and returns the next message that `source` sent."""
         with self._lock:

@@ -125,6 +125,16 @@ class GroupMember:
         self.row.completed = min(self._open) - 1 if self._open else self._done
         self.inbox.forget(self.row.completed)
 
+    def pass_over(self, sequence: int, error: EpmeshError | None = None) -> None:
+        """Ends a call that this rank never made. With `error`, only if others gave it up for that."""
+        given_up = self.inbox.abandoned.get(sequence)
+        if error is not None and (given_up is None or given_up.header.error.message != str(error)):
+            return
+        if self.row.begun < sequence:
+            self.abandoned = max(self.abandoned, sequence)
+            self.row.begun = sequence
+            self.complete(sequence)
+
     def resynchronise(self) -> None:
         """Ends whatever is open, and passes over calls that this rank never made and others gave up waiting for."""
         for sequence in sorted(self._open):
@@ -323,6 +333,10 @@ class GroupMember:
             _log.warning("rank=%d epoch=%d frame.refused: rank %d's old self", self.hub.rank, self.view.epoch, rank)
             return None
         return message
+
+    def peek(self, kind: frame_pb2.FrameKind, sequence: int, position: int) -> Message | None:
+        """A message of a member, if it is there; it stays."""
+        return self.inbox.peek(kind, sequence, 0, self.global_rank(position))
 
     def close(self) -> None:
         """Leaves the group; idempotent."""
