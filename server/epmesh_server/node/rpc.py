@@ -19,6 +19,7 @@ _COMMON = (
 _KEEPALIVE = (
     ("grpc.keepalive_time_ms", 500),
     ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.http2.ping_timeout_ms", 1500),  # without it a keepalive ping is awaited for a minute
     ("grpc.keepalive_permit_without_calls", 1),
 )
 CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
@@ -30,7 +31,7 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_reconnect_backoff_ms", 300),
 )
 _PERMISSIVE = (
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 100),
+    ("grpc.http2.min_ping_interval_without_data_ms", 100),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a share of its connections
 )

@@ -31,6 +31,7 @@ _MAX_DATAGRAM, _MAX_DESCRIPTORS = 65_536, 253
 CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 500),
     ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.http2.ping_timeout_ms", 1500),  # without it a keepalive ping is awaited for a minute
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 50),
