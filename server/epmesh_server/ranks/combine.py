@@ -206,12 +206,13 @@ class CombineStage:
         shown = self._member.buffers.out_flags(self._exchange.slot)[self._topology.local.index(position)]
         return bool(shown == np.uint64(self._member.flag(self._exchange.sequence)))
 
-    def _look_for_remote_strays(self, positions: list[int]) -> None:
-        """Nor may the members that owe this rank sums: they send them before their next call."""
-        for position in positions:
-            message = self._member.peek(frame_pb2.FRAME_KIND_DISPATCH, self._exchange.sequence + 1, position)
-            if message is not None:
-                self._refuse_stray(position, message.header.call)
+    def _went_on(self, position: int) -> bool:
+        """Whether a member on another node began the next call; it sends its sums before that."""
+        return self._member.peek(frame_pb2.FRAME_KIND_DISPATCH, self._exchange.sequence + 1, position) is not None
+
+    def _next_call_of(self, position: int) -> bytes:
+        message = self._member.peek(frame_pb2.FRAME_KIND_DISPATCH, self._exchange.sequence + 1, position)
+        return message.header.call if message is not None else b""
 
     def _refuse_stray(self, position: int, call: bytes) -> None:
         """Ends the exchange, and the call that was begun in its place, for all members."""
@@ -256,7 +257,11 @@ class CombineStage:
 
         def ready() -> bool:
             pending[:] = [slot for slot in pending if not arrive(slot)]
-            self._look_for_remote_strays([rails[slot] for slot in pending])
+            for slot in [slot for slot in pending if self._went_on(rails[slot])]:
+                if arrive(slot):  # another thread took in both since: the sums come first
+                    pending.remove(slot)
+                else:
+                    self._refuse_stray(rails[slot], self._next_call_of(rails[slot]))
             return not pending
 
         deadline = time.monotonic() + member.timeout_s
