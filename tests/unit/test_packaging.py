@@ -59,6 +59,15 @@ except ImportError as error:
     assert "pip install 'epmesh[server]'" in run([light_python, "-c", code], cwd=tmp_path)
 
 
+@pytest.mark.timeout(240)
+def test_the_command_of_a_base_install_names_the_extra_to_install(light_python: Path, tmp_path: Path) -> None:
+    command = [light_python.with_name("epmesh"), "status"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "pip install 'epmesh[server]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_importing_the_client_does_not_import_torch_where_it_is_installed(tmp_path: Path) -> None:
     run([sys.executable, "-c", IMPORT_EVERY_CLIENT_MODULE], cwd=tmp_path)
 

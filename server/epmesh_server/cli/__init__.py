@@ -1,5 +1,16 @@
-"""The command line: `epmesh serve`, `coordinator`, `status`, `demo`. The one place that reads the environment."""
+"""The command line: `epmesh serve`, `coordinator`, `status`, `demo`, `bench`. Only here the environment is read."""
 
-from epmesh_server.cli.app import main
+from __future__ import annotations
 
 __all__ = ["main"]
+
+
+def main() -> None:
+    """Runs the command of `sys.argv`; in an install without the service's packages it says which to add."""
+    try:
+        from epmesh_server.cli.app import main as run
+    except ModuleNotFoundError as exc:
+        if exc.name is None or exc.name.startswith("epmesh"):
+            raise
+        raise SystemExit(f"epmesh: the command line needs {exc.name}; pip install 'epmesh[server]'") from None
+    run()
