@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from epmesh.testing import LocalMesh
-from tests.integration.contract import Shape
+from tests.integration.contract import MAX_TOKENS, Shape
 from tests.integration.targets import Target
 
 SHAPES = [Shape(1, 1), Shape(1, 4), Shape(2, 1), Shape(2, 2), Shape(4, 2)]
@@ -22,5 +22,6 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         shape.ranks_per_node,
         tensor_parallel_size=shape.tensor_parallel_size,
         exchange_timeout_s=20.0,
+        max_tokens_per_rank=MAX_TOKENS,
     ) as mesh:
         yield Target(shape, mesh.run)

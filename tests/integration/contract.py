@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.distributed
 
-from epmesh import Communicator, Placement, linear_placement
+from epmesh import Communicator, Handle, Placement, linear_placement
 from tests import reference
 
 UNDECLARED = 99
+MAX_TOKENS = 16  # ``max_tokens_per_rank`` of every rank
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class Exchange:
         delay_ms: most milliseconds that a rank is late, at each of the two calls.
         router_logits: ``dispatch_router_logits``, with as many logits as `experts`.
         into_output: ``combine_into_output``, from ``allocate_combine_input`` where that gives a buffer.
+        static: the output has `MAX_TOKENS` rows of every rank.
     """
 
     tokens: tuple[int, ...]
@@ -156,6 +158,7 @@ class Exchange:
     delay_ms: int = 0
     router_logits: bool = False
     into_output: bool = False
+    static: bool = False
     seed: int = 1
 
     def rows(self, position: int) -> reference.Rows:
@@ -228,13 +231,11 @@ def _exchange(comm: Communicator, case: Exchange, position: int) -> Outcome:
 
 
 def _dispatch(comm: Communicator, case: Exchange, rows: reference.Rows) -> tuple[Any, ...]:
-    extras = rows.extra_tensors
+    hidden, weights, ids, extras = rows.hidden_states, rows.topk_weights, rows.topk_ids, rows.extra_tensors
     parallel = case.is_sequence_parallel
     if case.router_logits:
-        return comm.dispatch_router_logits(rows.hidden_states, rows.topk_weights, parallel, extras, layer=case.layer)
-    return comm.dispatch(
-        rows.hidden_states, rows.topk_weights, rows.topk_ids, parallel, extra_tensors=extras, layer=case.layer
-    )
+        return comm.dispatch_router_logits(hidden, weights, parallel, extras, layer=case.layer, static=case.static)
+    return comm.dispatch(hidden, weights, ids, parallel, extra_tensors=extras, layer=case.layer, static=case.static)
 
 
 def _combine(comm: Communicator, case: Exchange, results: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -247,6 +248,33 @@ def _combine(comm: Communicator, case: Exchange, results: torch.Tensor, tokens: 
     returned = comm.combine_into_output(results, output, case.is_sequence_parallel)
     assert returned is output
     return output
+
+
+def overlapped(comm: Communicator, cases: Sequence[Exchange]) -> list[Outcome]:
+    """Runs the exchanges so that two are open at a time, each combined after the next one's dispatch."""
+    outcomes: list[Outcome] = []
+    open_ones: list[tuple[Exchange, Handle]] = []
+    for case in cases:
+        rows = case.rows(comm.rank)
+        handle = comm.dispatch_async(
+            rows.hidden_states,
+            rows.topk_weights,
+            rows.topk_ids,
+            case.is_sequence_parallel,
+            rows.extra_tensors,
+            layer=case.layer,
+            static=case.static,
+        )
+        open_ones.append((case, handle))
+        if len(open_ones) == 2:
+            outcomes.append(_finish(comm, *open_ones.pop(0)))
+    return outcomes + [_finish(comm, *each) for each in open_ones]
+
+
+def _finish(comm: Communicator, case: Exchange, handle: Handle) -> Outcome:
+    received = handle.wait()
+    results = case.results(received[0], comm.global_rank)
+    return Outcome(received, comm.combine(results, case.is_sequence_parallel, handle=handle))
 
 
 def repeated(case: Exchange, times: int) -> list[Exchange]:

@@ -64,7 +64,17 @@ def check_exchanges(
     Args:
         positions: whose input each rank takes, by default its own.
     """
-    outcomes = target.run(group, contract.exchange, cases, positions)
+    compare_exchanges(target, group, cases, target.run(group, contract.exchange, cases, positions), positions)
+
+
+def compare_exchanges(
+    target: Target,
+    group: str,
+    cases: Sequence[Exchange],
+    outcomes: Sequence[list[Outcome]],
+    positions: Sequence[int] | None = None,
+) -> None:
+    """Compares what each rank got of each exchange with the reference."""
     for number, case in enumerate(cases):
         _compare(target, group, case, [of_rank[number] for of_rank in outcomes], positions or range(len(outcomes)))
 
@@ -89,6 +99,8 @@ def _compare_received(parts: tuple[Any, ...], expected: reference.Received, case
     wanted = [expected.hidden_states, expected.topk_weights]
     wanted += [] if case.router_logits else [expected.topk_ids]
     assert len(parts) == len(wanted) + (case.extras is not None), f"{what}: {len(parts)} elements"
+    if case.static:
+        parts = _compact(parts, expected.origins, case, what)
     for name, part, tensor in zip(("rows", "weights", "ids"), parts, wanted, strict=False):
         assert_same(part, tensor, f"{name} of {what}")
     if case.extras is not None:
@@ -96,3 +108,23 @@ def _compare_received(parts: tuple[Any, ...], expected: reference.Received, case
         assert expected.extra_tensors is not None
         for part, tensor in zip(parts[-1], expected.extra_tensors, strict=True):
             assert_same(part, tensor, f"extra tensor of {what}")
+
+
+def _compact(parts: tuple[Any, ...], origins: list[tuple[int, int]], case: Exchange, what: str) -> tuple[Any, ...]:
+    """What a static dispatch gave, without the unused rows, which must say that they are."""
+    named = 2 if case.router_logits else 3
+    extras = parts[named] if case.extras is not None else []
+    used = [source * contract.MAX_TOKENS + row for source, row in origins]
+    unused = sorted(set(range(len(case.tokens) * contract.MAX_TOKENS)) - set(used))
+    for tensor in (*parts[:named], *extras):
+        assert len(tensor) == len(used) + len(unused), f"{what}: {len(tensor)} rows"
+    assert not parts[1][unused].any(), f"{what}: an unused row has a weight"
+    assert case.router_logits or (parts[2][unused] == -1).all(), f"{what}: an unused row has an id"
+    compact = tuple(_rows(tensor, used) for tensor in parts[:named])
+    return compact if case.extras is None else (*compact, [_rows(tensor, used) for tensor in extras])
+
+
+def _rows(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Rows by number, of a dtype that need not know how to be indexed."""
+    raw = reference.as_bytes(tensor)[rows]
+    return raw.view(tensor.dtype).squeeze(-1)

@@ -105,7 +105,7 @@ def many_groups(comm: Communicator, count: int) -> list[int]:
 
 @ONLY_2X2
 def test_more_groups_may_be_made_and_destroyed_than_a_rank_can_be_in_at_once(target: Target) -> None:
-    assert target.run("ep", many_groups, 80) == [[4 * number for number in range(80)]] * 4
+    assert target.run("ep", many_groups, 66) == [[4 * number for number in range(66)]] * 4
 
 
 def group_in_group(comm: Communicator) -> list[int] | None:

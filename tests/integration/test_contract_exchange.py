@@ -12,7 +12,7 @@ from epmesh import Placement
 from tests import reference
 from tests.integration import contract
 from tests.integration.contract import UNDECLARED, Exchange, Outcome, Shape
-from tests.integration.targets import Target, assert_same, assert_sums, check_exchanges
+from tests.integration.targets import Target, assert_same, assert_sums, check_exchanges, compare_exchanges
 
 HIDDEN_DTYPES = [
     torch.bfloat16,
@@ -189,6 +189,33 @@ def test_sums_are_the_same_bits_every_time_and_in_every_order_of_arrival(target:
 def test_combine_into_output_writes_there_and_reads_buffers_of_its_own(target: Target) -> None:
     for group in target.groups:
         check_exchanges(target, group, [case(target, group, layer, into_output=True) for layer in (0, UNDECLARED)])
+
+
+def test_a_static_dispatch_gives_every_source_row_a_place_of_its_own(target: Target) -> None:
+    for group in target.groups:
+        cases = [case(target, group, layer, static=True, ids="holes") for layer in LAYERS_WITH_ONE_HOLDER]
+        cases += [
+            case(target, group, static=True, extras=EXTRAS, dtype=torch.float8_e4m3fn),
+            case(target, group, static=True, router_logits=True),
+            case(target, group, static=True, tokens=(0,) * len(target.groups[group].ranks)),
+        ]
+        check_exchanges(target, group, cases)
+
+
+def test_two_exchanges_may_be_open_at_once(target: Target) -> None:
+    for group in target.groups:
+        kinds = [
+            (0, torch.bfloat16),
+            (1, torch.float32),
+            (UNDECLARED, torch.int8),
+            (0, torch.uint8),
+            (1, torch.float16),
+        ]
+        cases = [
+            case(target, group, layer, seed=seed, dtype=dtype, static=seed == 2)
+            for seed, (layer, dtype) in enumerate(kinds)
+        ]
+        compare_exchanges(target, group, cases, target.run(group, contract.overlapped, cases))
 
 
 # Replicas: which of the holders is chosen is theirs to decide, within the rules -----------------------------------
