@@ -61,7 +61,7 @@ except ImportError as error:
 
 @pytest.mark.timeout(240)
 def test_the_command_of_a_base_install_names_the_extra_to_install(light_python: Path, tmp_path: Path) -> None:
-    command = [light_python.with_name("epmesh"), "status"]
+    command = [str(light_python.with_name("epmesh")), "status"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
     assert done.returncode == 1
     assert "pip install 'epmesh[server]'" in done.stderr
