@@ -6,6 +6,7 @@ as pickled bytes over an inherited pipe, which nobody else can reach; no wire of
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import multiprocessing
@@ -66,7 +67,11 @@ def start_fork_server() -> bool:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return bool(server._forkserver_pid != before)
+    if server._forkserver_pid != before:
+        atexit.unregister(stop_fork_server)
+        atexit.register(stop_fork_server)  # left to itself it ends, too, but some time after this process
+        return True
+    return False
 
 
 def stop_fork_server() -> None:

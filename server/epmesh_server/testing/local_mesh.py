@@ -131,8 +131,8 @@ class LocalMesh:
         """Ends everything, within 2 s; idempotent. Work that still runs is cut off."""
         atexit.unregister(self.close)
         with self._lock:
-            children = [*self._rank_children.values(), *self._node_children.values()]
-            children += [self._coordinator] if self._coordinator else []
+            children = [self._coordinator] if self._coordinator else []
+            children += [*self._node_children.values(), *self._rank_children.values()]
             self._rank_children, self._node_children, self._coordinator = {}, {}, None
         end_all(children, _GRACE_S)
         self._worker.close()

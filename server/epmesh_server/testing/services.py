@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 from collections.abc import Awaitable, Callable
 from multiprocessing.connection import Connection
@@ -37,8 +38,13 @@ def _report(pipe: Connection[Any, Any], run: Run) -> None:
 async def _until_stopped(pipe: Connection[Any, Any], run: Run) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_reader(pipe.fileno(), stop.set)  # nothing is ever sent here: readable means the owner is gone
+
+    def end() -> None:
+        logging.disable()  # the whole mesh is ending: that the others are gone is no news
+        stop.set()
+
+    loop.add_signal_handler(signal.SIGTERM, end)
+    loop.add_reader(pipe.fileno(), end)  # nothing is ever sent here: readable means the owner is gone
     try:
         await run(stop, lambda address: pipe.send_bytes(pickling.dumps(Bound(address))))
     finally:
