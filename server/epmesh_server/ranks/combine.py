@@ -214,13 +214,13 @@ class CombineStage:
         message = self._member.peek(frame_pb2.FRAME_KIND_DISPATCH, self._exchange.sequence + 1, position)
         return message.header.call if message is not None else b""
 
-    def _refuse_stray(self, position: int, call: bytes) -> None:
+    def _refuse_stray(self, position: int, encoded: bytes) -> None:
         """Ends the exchange, and the call that was begun in its place, for all members."""
-        member, sequence = self._member, self._exchange.sequence
-        if member.row.begun > sequence or sequence in member.inbox.abandoned:
+        member, sequence, call = self._member, self._exchange.sequence, Call.FromString(encoded)
+        if member.row.begun > sequence or call.abandoned >= sequence:
             return  # two exchanges are open, and all began the second before the first's combine; or it was given up
-        rank, method = member.global_rank(position), Call.FromString(call).method
-        text = f"ranks called different methods: {method} on rank {rank}, combine on others; "
+        rank = member.global_rank(position)
+        text = f"ranks called different methods: {call.method} on rank {rank}, combine on others; "
         member.agreed = InvalidRequest(f"{text}call the same, in the same order")
         member.abandon(sequence + 1, member.agreed)  # in this order: who hears of the second has heard of the first
         member.abandon(sequence, member.agreed)
