@@ -94,6 +94,12 @@ class RankSession:
         try:
             self._wait_opened(timeout_s)
             self.page, self.wake_fd = self._open_page()
+        except Unauthenticated as exc:
+            # The token is void because the rank was refused meanwhile; the session says why.
+            with self._changed:
+                self._changed.wait_for(lambda: self._error is not None, RPC_TIMEOUT_S)
+            self._hang_up()
+            raise (self.error or exc) from None
         except BaseException:
             self._hang_up()
             raise
