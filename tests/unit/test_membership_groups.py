@@ -355,6 +355,29 @@ def test_experts_that_make_no_sense_refuse_the_rank(experts: list[ExpertDeclarat
     assert not mesh.view.ranks
 
 
+def test_ranks_are_in_no_view_before_as_many_are_there_as_they_wait_for() -> None:
+    """Others would wait in their exchanges for ranks whose ``join`` has not returned."""
+    mesh = FakeMesh()
+    a, b = mesh.start("a"), mesh.start("b")
+    set_ranks(mesh, a, rank(0), rank(1))
+    epoch = mesh.view.epoch
+    set_ranks(mesh, b, rank(8, world_size=4))
+    assert (mesh.view.epoch, list(mesh.view.ranks)) == (epoch, [0, 1])
+    set_ranks(mesh, b, rank(8, world_size=4), rank(9, world_size=5))
+    assert (mesh.view.epoch, list(mesh.view.ranks)) == (epoch, [0, 1])
+    set_ranks(mesh, b, rank(8, world_size=4), rank(9, 2, world_size=4))
+    assert list(mesh.view.ranks) == [0, 1, 8, 9]
+    set_ranks(mesh, a, rank(0))
+    assert list(mesh.view.ranks) == [0, 8, 9]
+
+
+def test_a_serving_rank_waits_for_nobody() -> None:
+    mesh = FakeMesh()
+    a = mesh.start("a")
+    set_ranks(mesh, a, rank(0, mode=RankMode.SERVE, world_size=3))
+    assert list(mesh.view.ranks) == [0]
+
+
 def test_after_everybody_died_another_model_may_be_declared() -> None:
     mesh = FakeMesh()
     a = mesh.start("a")
@@ -372,7 +395,7 @@ def test_after_everybody_died_the_linear_default_is_computed_anew() -> None:
     set_ranks(mesh, a)
     first, second = (rank(number, 2, world_size=2, experts=[linear(8)]) for number in range(2))
     set_ranks(mesh, a, first)
-    assert mesh.view.placements == {}
+    assert not mesh.view.ranks
     set_ranks(mesh, a, first, second)
     assert experts_of(mesh) == {0: (0, 1, 2, 3), 1: (4, 5, 6, 7)}
 

@@ -80,10 +80,10 @@ def compose(
     left: Set[RankKey] = frozenset(),
 ) -> Draft:
     """The view that `nodes` (ascending by slot) and `operations` make of `base`; `left` went in good order."""
-    ranks = {rank: node.ranks[rank] for node in nodes for rank in sorted(node.ranks)}
+    ranks = _admitted(base, {rank: node.ranks[rank] for node in nodes for rank in sorted(node.ranks)})
     wishes, done, refused = _carried_out(base, ranks, operations, next_group_id)
     size = tensor_parallel_size or base.tensor_parallel_size
-    infos = tuple(node.info for node in nodes)
+    infos = tuple(_with_ranks(node, ranks) for node in nodes)
     groups = compose_groups(base, ranks, size, wishes.groups.values())
     placements = _placements(base, ranks, wishes)
     members = frozenset((known.info.rank, known.info.incarnation, known.info.mode) for known in ranks.values())
@@ -100,6 +100,30 @@ def compose(
         done=done,
         refused=refused,
     )
+
+
+def _admitted(base: View, ranks: Mapping[int, RankDeclaration]) -> dict[int, RankDeclaration]:
+    """Without the newcomers that still wait for others.
+
+    They would only stand in the others' way: a rank whose ``join`` has not returned answers no call.
+    """
+    admitted = dict(ranks)
+    while True:
+        count = sum(known.info.mode is RankMode.EXCHANGE for known in admitted.values())
+        waiting = [rank for rank, known in admitted.items() if _waits(known, count) and not _is_in(base, known)]
+        if not waiting:
+            return admitted
+        for rank in waiting:
+            del admitted[rank]
+
+
+def _waits(rank: RankDeclaration, count: int) -> bool:
+    return rank.info.mode is RankMode.EXCHANGE and rank.world_size > count
+
+
+def _with_ranks(node: Node, admitted: Mapping[int, RankDeclaration]) -> NodeInfo:
+    info = node.info
+    return replace(info, ranks=tuple(known for known in info.ranks if known.rank in admitted))
 
 
 def _shape(view: View) -> tuple[object, ...]:
