@@ -280,23 +280,30 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, None], ids=["kill", "exit"])
-def test_nothing_is_left_when_the_owner_ends_without_closing(tmp_path: Path, end: signal.Signals | None) -> None:
+@pytest.mark.parametrize("end", ["kill", "exit", "end of the process group"])
+def test_nothing_is_left_when_the_owner_ends_without_closing(tmp_path: Path, end: str) -> None:
     script = tmp_path / "owner.py"
     script.write_text(OWNER)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        [sys.executable, script, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, script, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        process_group=0,
     ) as owner:
         assert owner.stdout is not None
         assert owner.stdin is not None
         folder, *pids = owner.stdout.readline().split()
         assert all(map(running, pids))
-        if end is None:
+        if end == "exit":
             owner.stdin.write("x")
             owner.stdin.flush()
+        elif end == "kill":
+            owner.kill()
         else:
-            owner.send_signal(end)
+            os.killpg(owner.pid, signal.SIGTERM)
     eventually(lambda: not any(map(running, pids)), "processes are left")
     eventually(lambda: not Path(folder).exists(), "the folder is left")
 

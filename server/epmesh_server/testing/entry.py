@@ -7,12 +7,14 @@ import ctypes
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_OTHERS_END_WITHIN_S = 5.0
 
 
 def run_child(entry: Callable[..., None], pipe: Connection[Any, Any], *args: Any) -> None:
@@ -43,7 +45,15 @@ def _release_fork_server() -> None:
 
 
 def remove_when_owner_ends(pipe: Connection[Any, Any], folder: str) -> None:
-    """Removes `folder` when the owner closes its end of the pipe or dies."""
+    """Removes `folder` when the owner says that all others have ended, or when it died and they had time to."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)  # meant for the owner's whole process group: its end is what counts
+    fork_server = os.getppid()
     with contextlib.suppress(EOFError, ConnectionResetError):
         pipe.recv_bytes()
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    deadline = time.monotonic() + _OTHERS_END_WITHIN_S
+    while os.getppid() == fork_server and time.monotonic() < deadline:
+        time.sleep(0.02)  # it ends, and its other children with it
     shutil.rmtree(folder, ignore_errors=True)

@@ -153,7 +153,7 @@ class LocalMesh:
     def _remove_folder(self) -> None:
         cleaner, self._cleaner = self._cleaner, None
         if cleaner is not None:
-            cleaner.pipe.close()
+            cleaner.send(None)
             cleaner.wait(time.monotonic() + _GRACE_S)
             cleaner.close()
         if self._folder is not None:
