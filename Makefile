@@ -48,7 +48,7 @@ demo: $(STAMP)  ## two nodes, four ranks, a real mixture-of-experts model; ends 
 	@echo "demo: a mixture-of-experts language model, its experts spread over two nodes with two ranks each"
 	@$(BIN)/epmesh demo $(ARGS)
 
-test: $(STAMP)  ## unit and integration tests, with real processes; ARGS="-k word" picks some
+test: $(STAMP)  ## unit, integration and fault tests, with real processes; ARGS="-k word" picks some
 	@echo "test: unit tests first, then real node services, coordinators and ranks on loopback"
 	@if $(BIN)/python -m pytest $(ARGS); then echo "test: PASS"; else echo "test: FAIL"; exit 1; fi
 
