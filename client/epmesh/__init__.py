@@ -22,12 +22,13 @@ from epmesh.errors import (
     Unauthenticated,
 )
 from epmesh.placement import Placement, linear_placement
+from epmesh.version import VERSION
 from epmesh.view import GroupInfo, NodeInfo, RankInfo, RankMode, View
 
 if TYPE_CHECKING:
     from epmesh_server.ranks.join import join
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "Communicator",

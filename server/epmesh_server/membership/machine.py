@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, StaleEpoch
+from epmesh.version import check_compatible
 from epmesh.view import View
 from epmesh_server.membership.actions import (
     Action,
@@ -132,7 +133,7 @@ class Membership:
 
     def _register(self, event: RegisterNode) -> None:
         wanted = event.registration
-        self._check_version(wanted.node_id, wanted.version)
+        check_compatible(self._settings.version, wanted.version, f"node {wanted.node_id!r}", here="the coordinator")
         slot = self._nodes.choose_slot(wanted, event.slot, self._now)
         known = self._nodes.get(slot)
         if known is not None and known.registration.identity != wanted.identity:
@@ -144,13 +145,6 @@ class Membership:
         self._nodes.admit(slot, wanted, self._now)
         self._rounds.more_may_come(self._now)
         self._out.append(Reply(event.call, NodeGranted(slot)))
-
-    def _check_version(self, node_id: str, version: str) -> None:
-        if _major_minor(version) != _major_minor(self._settings.version):
-            raise InvalidRequest(
-                f"node {node_id!r} has epmesh {version!r}, the coordinator {self._settings.version!r}; "
-                f"major and minor version must be the same: install one of the two on both"
-            )
 
     def _operate(self, event: OperationEvent) -> None:
         if not self._rounds.operations.knows(event.request_id):
@@ -364,7 +358,3 @@ class Membership:
 
     def _note(self, node: Node, what: str, *, warning: bool) -> None:
         self._out.append(Note(f"node {node.registration.node_id!r} (slot {node.slot}) {what}", warning=warning))
-
-
-def _major_minor(version: str) -> list[str]:
-    return version.split(".")[:2]

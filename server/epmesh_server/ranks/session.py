@@ -20,6 +20,7 @@ import grpc
 from epmesh import errors
 from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, Unauthenticated
 from epmesh.v1 import membership_service_pb2, rank_service_pb2, rank_service_pb2_grpc
+from epmesh.version import VERSION, check_compatible
 from epmesh.view import View
 from epmesh_server.shared_memory import ControlPage
 
@@ -44,6 +45,7 @@ def describe_node(address: str, timeout_s: float) -> rank_service_pb2.DescribeNo
     """Asks the node service at `address` who it is, until it is registered with its coordinator.
 
     Raises:
+        InvalidRequest: the node service has another major or minor version.
         MeshUnavailable: nobody answered, or no coordinator accepted the node, within `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
@@ -56,6 +58,7 @@ def describe_node(address: str, timeout_s: float) -> rank_service_pb2.DescribeNo
             except grpc.RpcError as exc:
                 problem = str(errors.from_rpc_error(exc, "DescribeNode"))
             else:
+                check_compatible(VERSION, node.version, f"node service at {address}")
                 if node.registered:
                     return node
                 problem = f"its coordinator at {node.coordinator_address} has not accepted it"
