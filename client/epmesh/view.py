@@ -21,13 +21,18 @@ class RankMode(enum.Enum):
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One device's data-plane process. `rank` is global: slot x stride + local rank."""
+    """One device's data-plane process. `rank` is global: slot x stride + local rank.
+
+    `link_endpoint` is where other ranks send frames, `front_endpoint` where stubs and routers send requests; empty
+    where it takes none.
+    """
 
     rank: int
     incarnation: int
     device: str
     mode: RankMode
     link_endpoint: str
+    front_endpoint: str = ""
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,7 @@ def rank_to_proto(info: RankInfo) -> view_pb2.Rank:
         device=info.device,
         mode=info.mode.value,
         link_endpoint=info.link_endpoint,
+        front_endpoint=info.front_endpoint,
     )
 
 
@@ -178,7 +184,9 @@ def rank_from_proto(message: view_pb2.Rank) -> RankInfo:
         mode = RankMode(message.mode)
     except ValueError:
         raise InvalidRequest(f"rank {message.rank} has mode {message.mode}, unknown to this version") from None
-    return RankInfo(message.rank, message.incarnation, message.device, mode, message.link_endpoint)
+    return RankInfo(
+        message.rank, message.incarnation, message.device, mode, message.link_endpoint, message.front_endpoint
+    )
 
 
 def _node_to_proto(node: NodeInfo) -> view_pb2.Node:

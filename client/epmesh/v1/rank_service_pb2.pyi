@@ -59,15 +59,25 @@ class CloseRank(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class UpdateRank(_message.Message):
+    __slots__ = ("mode", "front_endpoint")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    FRONT_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    mode: _view_pb2.RankMode
+    front_endpoint: str
+    def __init__(self, mode: _Optional[_Union[_view_pb2.RankMode, str]] = ..., front_endpoint: _Optional[str] = ...) -> None: ...
+
 class RankSessionRequest(_message.Message):
-    __slots__ = ("open", "unreachable", "close")
+    __slots__ = ("open", "unreachable", "close", "update")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     UNREACHABLE_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_FIELD_NUMBER: _ClassVar[int]
     open: OpenRank
     unreachable: UnreachablePeers
     close: CloseRank
-    def __init__(self, open: _Optional[_Union[OpenRank, _Mapping]] = ..., unreachable: _Optional[_Union[UnreachablePeers, _Mapping]] = ..., close: _Optional[_Union[CloseRank, _Mapping]] = ...) -> None: ...
+    update: UpdateRank
+    def __init__(self, open: _Optional[_Union[OpenRank, _Mapping]] = ..., unreachable: _Optional[_Union[UnreachablePeers, _Mapping]] = ..., close: _Optional[_Union[CloseRank, _Mapping]] = ..., update: _Optional[_Union[UpdateRank, _Mapping]] = ...) -> None: ...
 
 class RankOpened(_message.Message):
     __slots__ = ("rank", "local_rank", "token")
@@ -90,14 +100,18 @@ class RankSessionResponse(_message.Message):
     def __init__(self, opened: _Optional[_Union[RankOpened, _Mapping]] = ..., view: _Optional[_Union[_view_pb2.View, _Mapping]] = ..., error: _Optional[_Union[_error_pb2.Error, _Mapping]] = ...) -> None: ...
 
 class DescriptorRequest(_message.Message):
-    __slots__ = ("token", "control_page", "group_buffers")
+    __slots__ = ("token", "control_page", "group_buffers", "serve_buffers", "driver_buffers")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     CONTROL_PAGE_FIELD_NUMBER: _ClassVar[int]
     GROUP_BUFFERS_FIELD_NUMBER: _ClassVar[int]
+    SERVE_BUFFERS_FIELD_NUMBER: _ClassVar[int]
+    DRIVER_BUFFERS_FIELD_NUMBER: _ClassVar[int]
     token: bytes
     control_page: ControlPage
     group_buffers: GroupBuffers
-    def __init__(self, token: _Optional[bytes] = ..., control_page: _Optional[_Union[ControlPage, _Mapping]] = ..., group_buffers: _Optional[_Union[GroupBuffers, _Mapping]] = ...) -> None: ...
+    serve_buffers: ServeBuffers
+    driver_buffers: DriverBuffers
+    def __init__(self, token: _Optional[bytes] = ..., control_page: _Optional[_Union[ControlPage, _Mapping]] = ..., group_buffers: _Optional[_Union[GroupBuffers, _Mapping]] = ..., serve_buffers: _Optional[_Union[ServeBuffers, _Mapping]] = ..., driver_buffers: _Optional[_Union[DriverBuffers, _Mapping]] = ...) -> None: ...
 
 class ControlPage(_message.Message):
     __slots__ = ()
@@ -110,6 +124,18 @@ class GroupBuffers(_message.Message):
     group_id: int
     membership_epoch: int
     def __init__(self, group_id: _Optional[int] = ..., membership_epoch: _Optional[int] = ...) -> None: ...
+
+class ServeBuffers(_message.Message):
+    __slots__ = ("membership_epoch",)
+    MEMBERSHIP_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    membership_epoch: int
+    def __init__(self, membership_epoch: _Optional[int] = ...) -> None: ...
+
+class DriverBuffers(_message.Message):
+    __slots__ = ("driver_token",)
+    DRIVER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    driver_token: bytes
+    def __init__(self, driver_token: _Optional[bytes] = ...) -> None: ...
 
 class DescriptorResponse(_message.Message):
     __slots__ = ("error", "ranks", "memfd_bytes", "region_bytes")

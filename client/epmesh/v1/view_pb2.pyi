@@ -17,18 +17,20 @@ RANK_MODE_EXCHANGE: RankMode
 RANK_MODE_SERVE: RankMode
 
 class Rank(_message.Message):
-    __slots__ = ("rank", "incarnation", "device", "mode", "link_endpoint")
+    __slots__ = ("rank", "incarnation", "device", "mode", "link_endpoint", "front_endpoint")
     RANK_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     LINK_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    FRONT_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     rank: int
     incarnation: int
     device: str
     mode: RankMode
     link_endpoint: str
-    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., device: _Optional[str] = ..., mode: _Optional[_Union[RankMode, str]] = ..., link_endpoint: _Optional[str] = ...) -> None: ...
+    front_endpoint: str
+    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., device: _Optional[str] = ..., mode: _Optional[_Union[RankMode, str]] = ..., link_endpoint: _Optional[str] = ..., front_endpoint: _Optional[str] = ...) -> None: ...
 
 class Node(_message.Message):
     __slots__ = ("slot", "node_id", "incarnation", "address", "ranks")
