@@ -1,4 +1,4 @@
-"""Meshes that tests share. Only one is alive at a time: tests are ordered by it."""
+"""Ranks that tests share. Those of one case are alive at a time: tests are ordered by it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from epmesh.testing import LocalMesh
-from tests.integration.contract import MAX_TOKENS, Shape
+from tests.integration.implementations import Case, case_id, cases
 from tests.integration.targets import Target
 
-SHAPES = [Shape(1, 1), Shape(1, 4), Shape(2, 1), Shape(2, 2), Shape(4, 2)]
 
-
-@pytest.fixture(scope="session", params=SHAPES, ids=lambda shape: shape.name)
+@pytest.fixture(scope="session", params=cases(), ids=case_id)
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
-    """A running mesh of each shape, its groups and placements declared."""
-    shape: Shape = request.param
-    with LocalMesh(
-        shape.nodes,
-        shape.ranks_per_node,
-        tensor_parallel_size=shape.tensor_parallel_size,
-        exchange_timeout_s=20.0,
-        max_tokens_per_rank=MAX_TOKENS,
-    ) as mesh:
-        yield Target(shape, mesh.run)
+    """Running ranks of each implementation in each of its shapes, their groups and placements declared."""
+    case: Case = request.param
+    implementation, shape = case
+    with implementation.start(shape) as run:
+        yield Target(shape, run, implementation.lacks)

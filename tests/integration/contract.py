@@ -6,8 +6,9 @@ that the test makes the same ones and holds the outputs against `tests.reference
 
 from __future__ import annotations
 
+import enum
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,15 @@ from tests import reference
 
 UNDECLARED = 99
 MAX_TOKENS = 16  # ``max_tokens_per_rank`` of every rank
+
+
+class Feature(enum.Enum):
+    """What an implementation of the contract may lack."""
+
+    GROUPS = "groups besides its own: `world`, `tp:k`, and those that `create_group` makes"
+    NODES = "nodes: sums are formed on each node first, and replicas on the row's node are preferred"
+    PROCESS_GROUPS = "torch process groups of its own, as `cpu_group` and `device_group`"
+    VIEWS = "views that show nodes and are numbered by epochs"
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,10 @@ class Shape:
     def world_size(self) -> int:
         """All ranks; a mesh whose nodes are full has no holes in its numbers."""
         return self.nodes * self.ranks_per_node
+
+    def on_one_node(self) -> Shape:
+        """As many ranks on one node."""
+        return Shape(1, self.world_size, self.tensor_parallel_size)
 
     def group(self, ranks: Sequence[int] | None = None) -> reference.Group:
         """The group of global `ranks`, or of all."""
@@ -76,9 +90,9 @@ def _strided(rank: int, world: int, num_experts: int) -> tuple[int, ...]:
     return tuple(range(rank - 1, num_experts, world - 1)) if rank else ()
 
 
-def declare(comm: Communicator, shape: Shape) -> None:
-    """Makes the groups and placements of `shape`; everything else stays undeclared."""
-    for name, ranks in shape.user_groups().items():
+def declare(comm: Communicator, shape: Shape, groups: Mapping[str, Sequence[int]]) -> None:
+    """Makes `groups`, and the placements of `shape`; everything else stays undeclared."""
+    for name, ranks in groups.items():
         comm.create_group(name, ranks)
     for layer, placement in shape.placements().items():
         mine = None if layer == 0 else placement.experts_of[comm.global_rank]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,8 +13,10 @@ import torch
 import torch.distributed
 
 from epmesh import Communicator, EpmeshError, InvalidRequest
+from tests.integration.contract import Feature
 
 UNHELD_LAYER = 60
+_GROUPS = (Feature.GROUPS,)
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,13 @@ class Wrong:
         call: made on every rank; on some of them, or between them, something is wrong.
         words: what the refusal must name.
         error: its class.
+        needs: what the communicator must have for this to be wrong in this way.
     """
 
     call: Callable[[Communicator], Any]
     words: tuple[str, ...]
     error: str = "InvalidRequest"
+    needs: tuple[Feature, ...] = ()
 
 
 def attempt(comm: Communicator, name: str) -> Refused:
@@ -239,14 +244,18 @@ COLLECTIVE: dict[str, Wrong] = {
         lambda c: c.combine_into_output(ones(received(c), 4), ones(11 if last(c) else 3, 4), True), ("output", "11")
     ),
     # Groups
-    "a group of a rank that is not there": Wrong(lambda c: c.create_group("wrong", [0, 77]), ("77",)),
-    "a group of one rank twice": Wrong(lambda c: c.create_group("wrong", [0, 0]), ("0",)),
-    "a group of nobody": Wrong(lambda c: c.create_group("wrong", []), ("ranks []",)),
-    "a group with a name that is taken": Wrong(lambda c: c.create_group("world", c.ranks), ("world",)),
-    "a group with a name that is another kind's": Wrong(lambda c: c.create_group("tp:9", c.ranks), ("tp:9",)),
-    "a group without a name": Wrong(lambda c: c.create_group("", c.ranks), ("name",)),
-    "groups of different ranks": Wrong(lambda c: c.create_group("wrong", c.ranks[: 1 + last(c)]), ("ranks",)),
-    "an end to the world": Wrong(lambda c: c.destroy_group("world"), ("world",)),
+    "a group of a rank that is not there": Wrong(lambda c: c.create_group("wrong", [0, 77]), ("77",), needs=_GROUPS),
+    "a group of one rank twice": Wrong(lambda c: c.create_group("wrong", [0, 0]), ("0",), needs=_GROUPS),
+    "a group of nobody": Wrong(lambda c: c.create_group("wrong", []), ("ranks []",), needs=_GROUPS),
+    "a group with a name that is taken": Wrong(lambda c: c.create_group("world", c.ranks), ("world",), needs=_GROUPS),
+    "a group with a name that is another kind's": Wrong(
+        lambda c: c.create_group("tp:9", c.ranks), ("tp:9",), needs=_GROUPS
+    ),
+    "a group without a name": Wrong(lambda c: c.create_group("", c.ranks), ("name",), needs=_GROUPS),
+    "groups of different ranks": Wrong(
+        lambda c: c.create_group("wrong", c.ranks[: 1 + last(c)]), ("ranks",), needs=_GROUPS
+    ),
+    "an end to the world": Wrong(lambda c: c.destroy_group("world"), ("world",), needs=_GROUPS),
     # Placement
     "a placement of no experts": Wrong(lambda c: c.set_expert_placement(0), ("num_experts", "0")),
     "a placement of an expert out of range": Wrong(
@@ -278,8 +287,8 @@ ALONE: dict[str, Wrong] = {
     "another op than isend and irecv": Wrong(
         lambda c: c.batch_isend_irecv([SimpleNamespace(op=torch.add, tensor=ones(1), group_peer=0)]), ("op",)
     ),
-    "a group that is not there": Wrong(lambda c: c.group("nowhere"), ("nowhere", "ep")),
-    "somebody else's group": Wrong(lambda c: c.group("elsewhere"), ("elsewhere",)),
+    "a group that is not there": Wrong(lambda c: c.group("nowhere"), ("nowhere", "ep"), needs=_GROUPS),
+    "somebody else's group": Wrong(lambda c: c.group("elsewhere"), ("elsewhere",), needs=_GROUPS),
 }
 
 
@@ -309,9 +318,12 @@ def mismatched_recv(comm: Communicator, shape: tuple[int, ...], dtype: torch.dty
     return Refused(type(error).__name__, str(error), works(comm))
 
 
-def two_threads(comm: Communicator) -> tuple[list[str], bool]:
-    """The first rank enters a call twice at once; the others follow when one of the two was refused."""
-    world = comm.group("world")
+def two_threads(comm: Communicator, fifos: list[Path]) -> tuple[list[str], bool]:
+    """The first rank enters a call twice at once; the others follow when one of the two was refused.
+
+    Args:
+        fifos: one for each rank but the first; opening it waits for the other end.
+    """
     refused: list[str] = []
 
     def enter() -> None:
@@ -319,8 +331,8 @@ def two_threads(comm: Communicator) -> tuple[list[str], bool]:
             comm.all_reduce(ones(1))
         except InvalidRequest as exc:
             refused.append(str(exc))
-            for other in comm.ranks[1:]:
-                world.send(ones(1), world.ranks.index(other))
+            for fifo in fifos:
+                fifo.open("w").close()
 
     if comm.rank == 0:
         threads = [threading.Thread(target=enter) for _ in range(2)]
@@ -329,7 +341,7 @@ def two_threads(comm: Communicator) -> tuple[list[str], bool]:
         for thread in threads:
             thread.join()
     else:
-        world.recv(1, torch.float32, world.ranks.index(comm.ranks[0]))
+        fifos[comm.rank - 1].open().close()
         comm.all_reduce(ones(1))
     return refused, works(comm)
 

@@ -1,15 +1,16 @@
-"""What the contract suite runs on: anything that calls a work in every rank. `LocalMesh` is the first."""
+"""What the contract suite runs on: anything that calls a work in every rank, and says what it lacks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import pytest
 import torch
 
 from tests import reference
 from tests.integration import contract
-from tests.integration.contract import Exchange, Outcome
+from tests.integration.contract import Exchange, Feature, Outcome
 
 
 class Runner(Protocol):
@@ -19,13 +20,25 @@ class Runner(Protocol):
 
 
 class Target:
-    """A mesh of some shape, with the shape's groups and placements declared."""
+    """Ranks of some shape, with the shape's groups and placements declared."""
 
-    def __init__(self, shape: contract.Shape, run: Runner) -> None:
-        self.shape = shape
+    def __init__(self, shape: contract.Shape, run: Runner, lacks: Mapping[Feature, str] | None = None) -> None:
         self._run = run
-        run(contract.declare, shape)
-        self.groups = {"ep": shape.group(), **{name: shape.group(r) for name, r in shape.user_groups().items()}}
+        self._lacks = lacks or {}
+        # Without nodes all ranks count as neighbours, so the reference is that of one node.
+        self.shape = shape if self.has(Feature.NODES) else shape.on_one_node()
+        groups = self.shape.user_groups() if self.has(Feature.GROUPS) else {}
+        run(contract.declare, self.shape, groups)
+        self.groups = {"ep": self.shape.group(), **{name: self.shape.group(r) for name, r in groups.items()}}
+
+    def has(self, feature: Feature) -> bool:
+        """Whether the implementation has `feature`."""
+        return feature not in self._lacks
+
+    def needs(self, feature: Feature) -> None:
+        """Skips the test, with the implementation's reason, where `feature` is missing."""
+        if not self.has(feature):
+            pytest.skip(f"no {feature.name.lower()}: {self._lacks[feature]}")
 
     def run(self, group: str, work: Callable[..., Any], *args: Any) -> list[Any]:
         """What `work` returned on the members of `group`, by position; it gets the group's communicator."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -21,12 +22,17 @@ from epmesh_server.testing.messages import Bound, Join, Raised, Ready
 from epmesh_server.testing.rank_runner import RankSettings, rank_main
 from epmesh_server.testing.services import coordinator_main, node_main
 from tests.integration import refusals
-from tests.integration.contract import Shape
+from tests.integration.contract import Feature, Shape
+from tests.integration.implementations import on
 from tests.integration.refusals import ALONE, COLLECTIVE, Refused, Wrong
 from tests.integration.targets import Target
 
 GROUPS = ("ep", "uneven")
-on_2x2 = pytest.mark.parametrize("target", [Shape(2, 2)], indirect=True, ids=["2x2"])
+on_2x2 = on(Shape(2, 2))
+
+
+def groups(target: Target) -> list[str]:
+    return [group for group in GROUPS if group in target.groups]
 
 
 def check(outcome: Refused, wrong: Wrong) -> None:
@@ -37,7 +43,9 @@ def check(outcome: Refused, wrong: Wrong) -> None:
 @on_2x2
 @pytest.mark.parametrize("name", COLLECTIVE)
 def test_every_rank_gets_the_same_refusal_and_the_group_goes_on(target: Target, name: str) -> None:
-    for group in GROUPS:
+    for feature in COLLECTIVE[name].needs:
+        target.needs(feature)
+    for group in groups(target):
         if "no rank holds" in name:
             target.run(group, refusals.hold_some)
         outcomes = target.run(group, refusals.attempt, name)
@@ -50,6 +58,8 @@ def test_every_rank_gets_the_same_refusal_and_the_group_goes_on(target: Target, 
 @on_2x2
 @pytest.mark.parametrize("name", ALONE)
 def test_calls_that_are_not_collective_refuse_the_caller_alone(target: Target, name: str) -> None:
+    for feature in ALONE[name].needs:
+        target.needs(feature)
     if "somebody else" in name:
         target.run("ep", refusals.elsewhere)
     *others, caller = target.run("ep", refusals.attempt_alone, name)
@@ -63,7 +73,7 @@ def test_calls_that_are_not_collective_refuse_the_caller_alone(target: Target, n
 def test_recv_of_another_tensor_than_was_sent_is_refused(
     target: Target, shape: tuple[int, ...], dtype: torch.dtype, word: str
 ) -> None:
-    for group in GROUPS:
+    for group in groups(target):
         *_, receiver = target.run(group, refusals.mismatched_recv, shape, dtype)
         assert receiver.error == "InvalidRequest"
         assert word in receiver.text
@@ -71,8 +81,11 @@ def test_recv_of_another_tensor_than_was_sent_is_refused(
 
 
 @on_2x2
-def test_a_second_thread_in_one_group_is_refused(target: Target) -> None:
-    (refused, works), *others = target.run("ep", refusals.two_threads)
+def test_a_second_thread_in_one_group_is_refused(target: Target, tmp_path: Path) -> None:
+    fifos = [tmp_path / str(rank) for rank in range(1, target.shape.world_size)]
+    for fifo in fifos:
+        os.mkfifo(fifo)
+    (refused, works), *others = target.run("ep", refusals.two_threads, fifos)
     assert len(refused) == 1
     assert "thread" in refused[0]
     assert works
@@ -81,6 +94,7 @@ def test_a_second_thread_in_one_group_is_refused(target: Target) -> None:
 
 @on_2x2
 def test_a_destroyed_groups_communicator_says_so(target: Target) -> None:
+    target.needs(Feature.GROUPS)
     found = target.run("ep", refusals.destroyed_group)
     assert len({tuple(each) for each in found}) == 1
     kind, text = found[0]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
 from epmesh import Communicator, InvalidRequest, linear_placement
 from tests.integration import contract
-from tests.integration.contract import Shape
+from tests.integration.contract import Feature, Shape
+from tests.integration.implementations import on
 from tests.integration.targets import Target
-
-ONLY_2X2 = pytest.mark.parametrize("target", [Shape(2, 2)], indirect=True, ids=["2x2"])
 
 
 def describe(comm: Communicator) -> dict[str, Any]:
@@ -42,11 +40,12 @@ def test_attributes_say_where_a_rank_stands_in_its_group_and_in_the_mesh(target:
             assert found["use_all2all"] is (is_ep and len(members.ranks) > 1)
             assert isinstance(found["all2all_backend"], str)
             assert found["manager"]
-            assert found["process groups"]
-            assert found["epoch"] > 0
+            assert found["process groups"] or not target.has(Feature.PROCESS_GROUPS)
+            assert (found["epoch"] > 0) is target.has(Feature.VIEWS)
 
 
 def test_the_view_shows_nodes_ranks_groups_and_placements(target: Target) -> None:
+    target.needs(Feature.VIEWS)
     shape = target.shape
     for view in target.run("ep", view_of):
         assert [node.slot for node in view.nodes] == list(range(shape.nodes))
@@ -68,6 +67,7 @@ def sum_in_world(comm: Communicator) -> tuple[list[int], list[int]]:
 
 
 def test_world_is_a_group_of_all_ranks(target: Target) -> None:
+    target.needs(Feature.GROUPS)
     everyone = list(range(target.shape.world_size))
     assert target.run("ep", sum_in_world) == [(everyone, [sum(everyone)])] * len(everyone)
 
@@ -85,6 +85,7 @@ def make_and_destroy(comm: Communicator, name: str, ranks: list[int]) -> tuple[A
 
 
 def test_groups_come_and_go_without_anyone_calling_wait_ready(target: Target) -> None:
+    target.needs(Feature.GROUPS)
     world_size = target.shape.world_size
     for ranks in ([0], [world_size - 1], list(range(world_size)), list(range(0, world_size, 2))):
         for _ in range(2):  # a name is free again once its group is gone
@@ -103,8 +104,9 @@ def many_groups(comm: Communicator, count: int) -> list[int]:
     return sums
 
 
-@ONLY_2X2
+@on(Shape(2, 2))
 def test_more_groups_may_be_made_and_destroyed_than_a_rank_can_be_in_at_once(target: Target) -> None:
+    target.needs(Feature.GROUPS)
     assert target.run("ep", many_groups, 66) == [[4 * number for number in range(66)]] * 4
 
 
@@ -115,8 +117,9 @@ def group_in_group(comm: Communicator) -> list[int] | None:
     return total
 
 
-@ONLY_2X2
+@on(Shape(2, 2))
 def test_members_of_a_group_make_groups_among_themselves(target: Target) -> None:
+    target.needs(Feature.GROUPS)
     assert target.run("uneven", group_in_group) == [None, [4], [4]]
 
 
@@ -134,6 +137,7 @@ def ranks_of_group_order(comm: Communicator) -> list[Any]:
 
 
 def test_a_groups_order_is_the_one_it_was_made_with(target: Target) -> None:
+    target.needs(Feature.GROUPS)
     world_size = target.shape.world_size
     turned = list(range(world_size))[::-1]
     for rank, found in enumerate(target.run("ep", ranks_of_group_order)):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import pytest
 import torch
 
 from tests import reference
 from tests.integration import contract
-from tests.integration.contract import Call
+from tests.integration.contract import Call, Shape
+from tests.integration.implementations import on
 from tests.integration.targets import Target, assert_same, assert_sums
 
 MOVED = [
@@ -260,7 +260,7 @@ def test_calls_of_all_kinds_follow_each_other_in_one_group(target: Target) -> No
                     assert_same(value, wanted, f"{group}, round {number}")
 
 
-@pytest.mark.parametrize("target", [contract.Shape(1, 1)], indirect=True, ids=["1x1"])
+@on(Shape(1, 1))
 def test_a_rank_alone_gets_its_input_back(target: Target) -> None:
     calls = [
         Call(method, ((2, 3),)) for method in ("reduce_scatter", "all_reduce", "all_gather", "broadcast", "gather")

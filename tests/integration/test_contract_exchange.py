@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 
 from epmesh import Placement
 from tests import reference
 from tests.integration import contract
 from tests.integration.contract import UNDECLARED, Exchange, Outcome, Shape
+from tests.integration.implementations import on
 from tests.integration.targets import Target, assert_same, assert_sums, check_exchanges, compare_exchanges
 
 HIDDEN_DTYPES = [
@@ -320,7 +320,7 @@ def test_dispatch_experts_and_combine_equal_the_dense_model(target: Target) -> N
                 torch.testing.assert_close(output, dense)
 
 
-@pytest.mark.parametrize("target", [Shape(2, 2)], indirect=True, ids=["2x2"])
+@on(Shape(2, 2))
 def test_rows_of_different_layers_follow_their_own_placements(target: Target) -> None:
     """Without a layer of its own, a call falls back to the default placement, of which there is none here."""
     cases = [case(target, "ep", layer) for layer in (0, 1)] + [replace(case(target, "ep", UNDECLARED), layer=None)]

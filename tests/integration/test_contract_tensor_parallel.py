@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 
 from epmesh import Communicator
 from tests.integration import contract
-from tests.integration.contract import UNDECLARED, Exchange, Shape
+from tests.integration.contract import UNDECLARED, Exchange, Feature, Shape
+from tests.integration.implementations import on
 from tests.integration.targets import Target, assert_same, check_exchanges
 
-SHAPES = [Shape(1, 4, 2), Shape(2, 2, 2), Shape(2, 4, 2)]
-pytestmark = pytest.mark.parametrize("target", SHAPES, indirect=True, ids=lambda shape: shape.name)
+pytestmark = on(Shape(1, 4, 2), Shape(2, 2, 2), Shape(2, 4, 2))
 
 
 def case(target: Target, layer: int, **options: Any) -> Exchange:
@@ -59,6 +58,7 @@ def partial_sums(comm: Communicator, tokens: list[int], experts: tuple[int, ...]
 
 
 def test_partial_results_sum_up_over_the_tensor_parallel_group_to_the_dense_model(target: Target) -> None:
+    target.needs(Feature.GROUPS)
     tokens = [9 - position // 2 for position in range(target.shape.world_size)]
     for layer in (0, 1, 2, 3):
         results = target.run(
@@ -74,6 +74,7 @@ def sum_in_block(comm: Communicator) -> tuple[list[int], int, torch.Tensor]:
 
 
 def test_tensor_parallel_groups_are_blocks_of_consecutive_ranks_of_a_node(target: Target) -> None:
+    target.needs(Feature.GROUPS)
     size = target.shape.tensor_parallel_size
     for rank, (ranks, position, total) in enumerate(target.run("ep", sum_in_block)):
         block = list(range(rank // size * size, rank // size * size + size))

@@ -1,0 +1,88 @@
+"""Which implementations of `Communicator` the contract suite runs on, and how each is started.
+
+Another one is an `Implementation` in `IMPLEMENTATIONS`: a function that starts its ranks in some shape, the shapes it
+is tried in, and what of the contract it leaves out, with the reason. Tests ask for `target`, which gives them every
+implementation in every shape; `on` asks for some shapes, and for all implementations that are tried in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import pytest
+
+from epmesh.testing import LocalMesh
+from tests.integration.contract import MAX_TOKENS, Feature, Shape
+from tests.integration.targets import Runner
+
+EXCHANGE_TIMEOUT_S = 20.0
+
+Start = Callable[[Shape], contextlib.AbstractContextManager[Runner]]
+
+
+@dataclass(frozen=True, eq=False)
+class Implementation:
+    """One way to get hold of communicators.
+
+    Attributes:
+        name: in test ids.
+        start: starts ranks of some shape, with room for `MAX_TOKENS` in static mode, and no placement declared.
+        shapes: what `target` tries.
+        tensor_parallel_shapes: what the tests of tensor parallelism try besides.
+        lacks: features that are not there, and why; tests that need one are skipped with that reason.
+    """
+
+    name: str
+    start: Start
+    shapes: tuple[Shape, ...]
+    tensor_parallel_shapes: tuple[Shape, ...] = ()
+    lacks: Mapping[Feature, str] = field(default_factory=dict)
+
+
+Case = tuple[Implementation, Shape]
+
+
+@contextlib.contextmanager
+def start_local_mesh(shape: Shape) -> Iterator[Runner]:
+    """Ranks that joined a mesh of real processes."""
+    with LocalMesh(
+        shape.nodes,
+        shape.ranks_per_node,
+        tensor_parallel_size=shape.tensor_parallel_size,
+        exchange_timeout_s=EXCHANGE_TIMEOUT_S,
+        max_tokens_per_rank=MAX_TOKENS,
+    ) as mesh:
+        yield mesh.run
+
+
+IMPLEMENTATIONS = (
+    Implementation(
+        name="join",
+        start=start_local_mesh,
+        shapes=(Shape(1, 1), Shape(1, 4), Shape(2, 1), Shape(2, 2), Shape(4, 2)),
+        tensor_parallel_shapes=(Shape(1, 4, 2), Shape(2, 2, 2), Shape(2, 4, 2)),
+    ),
+)
+
+
+def cases(*shapes: Shape) -> list[Case]:
+    """Every implementation in those of `shapes` that it is tried in; without `shapes`, in all that `target` tries."""
+    return [
+        (implementation, shape)
+        for implementation in IMPLEMENTATIONS
+        for shape in (*implementation.shapes, *implementation.tensor_parallel_shapes)
+        if (shape in shapes if shapes else shape in implementation.shapes)
+    ]
+
+
+def case_id(case: Case) -> str:
+    """As in test ids: "join-2x2"."""
+    implementation, shape = case
+    return f"{implementation.name}-{shape.name}"
+
+
+def on(*shapes: Shape) -> pytest.MarkDecorator:
+    """Has a test run in `shapes` alone."""
+    return pytest.mark.parametrize("target", cases(*shapes), indirect=True, ids=case_id)
