@@ -1,0 +1,371 @@
+"""The front of a rank: requests from whoever is no member of its groups, and how to make them.
+
+A request is one ZeroMQ message, `FrontRequest` and a frame a tensor; so is its answer. `FrontClient` makes requests to
+any number of ranks; nothing waits for ever: each has a deadline, and what was sent over a connection that broke fails
+at once, because an answer to it could not come back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+
+import zmq
+from google.protobuf.message import DecodeError
+from zmq.utils.monitor import recv_monitor_message
+
+from epmesh import errors
+from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, PeerLost
+from epmesh.frames import MAX_HEADER_BYTES, MAX_TENSORS, Buffer, num_bytes
+from epmesh.v1 import front_pb2
+
+_log = logging.getLogger(__name__)
+
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 200, 600
+MAX_FRAME_BYTES = 1 << 32
+INLINE = -1  # in `places`: the tensor is a frame of the message
+_CONNECT_WITHIN_S = 1.5
+_MAX_TIMEOUT_S = 3600.0
+_LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | _LOST
+
+
+@dataclass(frozen=True)
+class FrontPeer:
+    """A rank's front: global rank, incarnation, and ZeroMQ endpoint."""
+
+    rank: int
+    incarnation: int
+    endpoint: str
+
+
+@dataclass(frozen=True)
+class FrontReply:
+    """An answer: the message, and the bytes of those of its tensors that came as frames, in order."""
+
+    response: front_pb2.FrontResponse
+    tensors: tuple[memoryview, ...]
+
+
+def configure_front_socket(socket: zmq.Socket[bytes]) -> None:
+    """Nothing left to ZeroMQ's defaults: heartbeats, bounded frames, no lingering; requests bound what queues."""
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
+
+
+def check_frames(
+    message: front_pb2.FrontRequest | front_pb2.FrontResponse, frames: Sequence[Buffer]
+) -> tuple[memoryview, ...]:
+    """The bytes of the tensors that came as frames, in order.
+
+    Raises:
+        InvalidRequest: they are not what the message says.
+    """
+    metas, places = message.tensors, message.places
+    if len(metas) > MAX_TENSORS:
+        raise InvalidRequest(f"{len(metas)} tensors; at most {MAX_TENSORS} can travel together")
+    if places and len(places) != len(metas):
+        raise InvalidRequest(f"{len(places)} places for {len(metas)} tensors; give one each, or none")
+    inline = [meta for index, meta in enumerate(metas) if not places or places[index] == INLINE]
+    if len(inline) != len(frames):
+        raise InvalidRequest(f"the message describes {len(inline)} frames; {len(frames)} came")
+    views = tuple(memoryview(frame).cast("B") for frame in frames)
+    for index, (meta, view) in enumerate(zip(inline, views, strict=True)):
+        if num_bytes(meta) != len(view):
+            expected = f"{meta.dtype}{list(meta.shape)}, {num_bytes(meta)} bytes"
+            raise InvalidRequest(f"frame {index} is {expected}; {len(view)} came")
+    return views
+
+
+class FrontClient:
+    """Makes requests to ranks' fronts. Any thread may call; one thread of its own does all that waits."""
+
+    def __init__(self, mesh_id: str) -> None:
+        """Connects to nobody yet."""
+        self._core = _Core(mesh_id)
+        self._finalizer = weakref.finalize(self, _Core.close, self._core)
+
+    def call(
+        self,
+        peer: FrontPeer,
+        request: front_pb2.FrontRequest,
+        tensors: Sequence[Buffer] = (),
+        *,
+        timeout_s: float,
+    ) -> Future[FrontReply]:
+        """Sends a request and returns at once.
+
+        Args:
+            peer: whose front it is for; sender, number and deadline of `request` are filled in here.
+            tensors: the bytes of those of ``request.tensors`` that travel as frames; they must not change before the
+                answer.
+            timeout_s: how long an answer is waited for.
+
+        Returns:
+            A future of the answer. It fails with the typed error that came back, with `DeadlineExceeded`, with
+            `PeerLost` where the connection broke or none came about, with `InvalidRequest` for an answer that is none,
+            and with `MeshUnavailable` after `close`. Its ``cancel()`` tells the rank to give the request up.
+        """
+        if not 0 < timeout_s <= _MAX_TIMEOUT_S:
+            raise InvalidRequest(f"timeout_s is {timeout_s}; it must be above 0 and at most {_MAX_TIMEOUT_S:g}")
+        return self._core.call(peer, request, tensors, timeout_s)
+
+    def close(self) -> None:
+        """Fails what is pending, and ends the thread; idempotent."""
+        self._finalizer()
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A request that was not answered yet."""
+
+    number: int
+    peer: FrontPeer
+    future: Future[FrontReply]
+    deadline: float
+    frames: list[Buffer] = field(default_factory=list)
+
+
+class _Connection:
+    """One DEALER with its monitor."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], peer: FrontPeer) -> None:
+        self.peer = peer
+        self.pending: dict[int, _Pending] = {}
+        self.up_by: float | None = time.monotonic() + _CONNECT_WITHIN_S  # None once hands were shaken
+        self.socket = context.socket(zmq.DEALER)
+        configure_front_socket(self.socket)
+        self.monitor = self.socket.get_monitor_socket(_WATCHED)
+        try:
+            self.socket.connect(peer.endpoint)
+        except zmq.ZMQError as exc:
+            self.close()
+            raise InvalidRequest(f"front endpoint {peer.endpoint!r} of rank {peer.rank} is no address: {exc}") from exc
+
+    def lost(self) -> bool:
+        """Takes in what the monitor tells; whether the connection is gone, or was refused."""
+        while self.monitor.poll(0):
+            event = recv_monitor_message(self.monitor)["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.up_by = None
+            else:
+                return True
+        return False
+
+    def close(self) -> None:
+        self.socket.disable_monitor()
+        self.monitor.close(0)
+        self.socket.close(0)
+
+
+class _Core:
+    """The thread behind a `FrontClient`. Other threads only queue commands."""
+
+    def __init__(self, mesh_id: str) -> None:
+        self._mesh_id = mesh_id
+        self._numbers = itertools.count(1)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards _closed, and the thread's start
+        self._closed = False
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread: threading.Thread | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._poller = zmq.Poller()  # this and what follows is the thread's alone
+        self._connections: dict[FrontPeer, _Connection] = {}
+        self._deadlines: list[tuple[float, int, _Pending]] = []
+        self._ending = False
+
+    def call(
+        self, peer: FrontPeer, request: front_pb2.FrontRequest, tensors: Sequence[Buffer], timeout_s: float
+    ) -> Future[FrontReply]:
+        future: Future[FrontReply] = Future()
+        number = next(self._numbers)
+        request.mesh_id, request.rank, request.incarnation = self._mesh_id, peer.rank, peer.incarnation
+        request.request_id, request.deadline_ms = number, max(1, int(timeout_s * 1000))
+        pending = _Pending(number, peer, future, time.monotonic() + timeout_s)
+        pending.frames = [request.SerializeToString(), *tensors]
+        future.add_done_callback(lambda done: self._cancel(pending) if done.cancelled() else None)
+        self._do(lambda: self._send(pending))
+        return future
+
+    def close(self) -> None:
+        def end() -> None:
+            self._ending = True
+
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            thread = self._thread
+            if thread is None:
+                self._release()
+                return
+            self._commands.put(end)
+            os.eventfd_write(self._wake_fd, 1)
+        if thread is not threading.current_thread():  # where the last reference went away in a callback
+            thread.join()
+
+    def _release(self) -> None:
+        os.close(self._wake_fd)
+        self._context.term()
+
+    def _do(self, command: Callable[[], None]) -> None:
+        with self._lock:
+            if self._closed:
+                raise MeshUnavailable("this client was closed; make another one")
+            self._commands.put(command)
+            os.eventfd_write(self._wake_fd, 1)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="epmesh-front-client", daemon=True)
+                self._thread.start()
+
+    def _cancel(self, pending: _Pending) -> None:
+        with contextlib.suppress(MeshUnavailable):
+            self._do(lambda: self._give_up(pending))
+
+    # The thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        self._poller.register(self._wake_fd, zmq.POLLIN)
+        while not self._ending:
+            ready = dict(self._poller.poll(self._timeout_ms()))
+            if self._wake_fd in ready:
+                self._run_commands()
+            for connection in list(self._connections.values()):
+                if connection.socket in ready:
+                    self._receive(connection)
+                if connection.monitor in ready and connection.lost():
+                    self._drop(connection, "its connection broke")
+            self._expire(time.monotonic())
+        for connection in list(self._connections.values()):
+            self._drop(connection, "", MeshUnavailable("this client was closed"))
+        while not self._commands.empty():  # requests that were queued before the end
+            self._commands.get_nowait()()
+        self._release()
+
+    def _timeout_ms(self) -> int | None:
+        soonest = [self._deadlines[0][0]] if self._deadlines else []
+        soonest += [connection.up_by for connection in self._connections.values() if connection.up_by is not None]
+        return max(0, int((min(soonest) - time.monotonic()) * 1000) + 1) if soonest else None
+
+    def _run_commands(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+        while not self._commands.empty():
+            self._commands.get_nowait()()
+
+    def _send(self, pending: _Pending) -> None:
+        if pending.future.cancelled():
+            return
+        if self._ending:
+            _fail(pending.future, MeshUnavailable("this client was closed"))
+            return
+        try:
+            connection = self._connections.get(pending.peer) or self._connect(pending.peer)
+            connection.socket.send_multipart(pending.frames, flags=zmq.NOBLOCK, copy=False)
+        except EpmeshError as exc:
+            _fail(pending.future, exc)
+            return
+        pending.frames = []  # ZeroMQ holds them for as long as it needs them
+        connection.pending[pending.number] = pending
+        heapq.heappush(self._deadlines, (pending.deadline, pending.number, pending))
+
+    def _connect(self, peer: FrontPeer) -> _Connection:
+        connection = self._connections[peer] = _Connection(self._context, peer)
+        self._poller.register(connection.socket, zmq.POLLIN)
+        self._poller.register(connection.monitor, zmq.POLLIN)
+        return connection
+
+    def _receive(self, connection: _Connection) -> None:
+        while True:
+            try:
+                frames = connection.socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            self._take_in(connection, [frame.buffer for frame in frames])
+
+    def _take_in(self, connection: _Connection, frames: list[Buffer]) -> None:
+        try:
+            response = _parse(frames[0])
+        except InvalidRequest as exc:
+            _log.warning("rank %d answered with garbage: %s", connection.peer.rank, exc)
+            return
+        pending = connection.pending.pop(response.request_id, None)
+        if pending is None:
+            return  # given up before
+        if response.HasField("error"):
+            _fail(pending.future, errors.from_proto(response.error))
+            return
+        try:
+            reply = FrontReply(response, check_frames(response, frames[1:]))
+        except InvalidRequest as exc:
+            _fail(pending.future, exc)
+        else:
+            with contextlib.suppress(InvalidStateError):
+                pending.future.set_result(reply)
+
+    def _give_up(self, pending: _Pending) -> None:
+        """Forgets a request and tells its rank, if it was sent."""
+        connection = self._connections.get(pending.peer)
+        if connection is None or connection.pending.pop(pending.number, None) is None:
+            return
+        cancel = front_pb2.CancelRequest(request_id=pending.number)
+        request = front_pb2.FrontRequest(
+            mesh_id=self._mesh_id,
+            rank=pending.peer.rank,
+            incarnation=pending.peer.incarnation,
+            request_id=next(self._numbers),
+            deadline_ms=1000,
+            cancel=cancel,
+        )
+        connection.socket.send(request.SerializeToString(), flags=zmq.NOBLOCK)
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][2].future.done()):
+            _, _, pending = heapq.heappop(self._deadlines)
+            self._give_up(pending)
+            rank = pending.peer.rank
+            _fail(pending.future, DeadlineExceeded(rank, 0, f"rank {rank} did not answer in time"))
+        for connection in list(self._connections.values()):
+            if connection.up_by is not None and connection.up_by <= now:
+                self._drop(connection, f"nothing answers at {connection.peer.endpoint}")
+
+    def _drop(self, connection: _Connection, why: str, error: EpmeshError | None = None) -> None:
+        """Closes a connection; the next request makes a new one."""
+        peer = connection.peer
+        del self._connections[peer]
+        self._poller.unregister(connection.socket)
+        self._poller.unregister(connection.monitor)
+        connection.close()
+        lost = error or PeerLost([peer.rank], 0, f"rank {peer.rank} cannot be reached: {why}")
+        for pending in connection.pending.values():
+            _fail(pending.future, lost)
+
+
+def _parse(frame: Buffer) -> front_pb2.FrontResponse:
+    if len(frame) > MAX_HEADER_BYTES:
+        raise InvalidRequest(f"a header of {len(frame)} bytes; at most {MAX_HEADER_BYTES} are allowed")
+    try:
+        return front_pb2.FrontResponse.FromString(bytes(frame))
+    except DecodeError as exc:
+        raise InvalidRequest("the first frame is no FrontResponse") from exc
+
+
+def _fail(future: Future[FrontReply], error: EpmeshError) -> None:
+    with contextlib.suppress(InvalidStateError):
+        future.set_exception(error)

@@ -1,0 +1,270 @@
+"""A rank's front: where routers, neighbours that serve with it, and its driver send requests.
+
+One ROUTER and one thread, which checks what comes in, hands it to a handler, and sends answers; it never waits for the
+handler's work. What was taken in and not answered yet is bounded in bytes and in number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import zmq
+from google.protobuf.message import DecodeError
+
+from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, NotReady, Overloaded, StaleEpoch
+from epmesh.frames import MAX_HEADER_BYTES, MAX_TENSORS, Buffer
+from epmesh.front import check_frames, configure_front_socket
+from epmesh.v1 import front_pb2
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_BUDGET_BYTES = 1 << 30
+MAX_OPEN_REQUESTS = 65_536
+_RETRY_AFTER_S = 0.05
+_MAX_DEADLINE_S = 3600.0
+
+_Key = tuple[bytes, int]  # the sender's connection, and its number for the request
+
+
+class Incoming:
+    """One request, until it is answered; usable from any thread.
+
+    Attributes:
+        request: its header.
+        tensors: the bytes of those of ``request.tensors`` that came as frames, in order; valid for as long as this is.
+        deadline: ``time.monotonic()`` after which nobody waits for the answer.
+        num_bytes: what it counts for in the front's budget.
+    """
+
+    def __init__(
+        self, front: Front, key: _Key, request: front_pb2.FrontRequest, tensors: tuple[memoryview, ...]
+    ) -> None:
+        self.request = request
+        self.tensors = tensors
+        self.deadline = time.monotonic() + min(request.deadline_ms / 1000, _MAX_DEADLINE_S)
+        self.num_bytes = sum(map(len, tensors))
+        self._front = front
+        self._key = key
+        self._lock = threading.Lock()  # guards what follows
+        self._callbacks: list[Callable[[], None]] = []
+        self._given_up = False
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for the answer any more: its sender said so, or the deadline passed."""
+        return self._given_up or time.monotonic() > self.deadline
+
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """Has `callback` called, on the front's thread, when the sender gives up; at once if it did already."""
+        with self._lock:
+            if not self._given_up:
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def answer(self, response: front_pb2.FrontResponse | None = None, tensors: Sequence[Buffer] = ()) -> None:
+        """Sends the answer; a second one, or one that nobody waits for, goes nowhere. `tensors` must not change."""
+        response = response or front_pb2.FrontResponse()
+        response.request_id = self._key[1]
+        self._front._answer(self._key, [response.SerializeToString(), *tensors])
+
+    def refuse(self, error: EpmeshError) -> None:
+        """Sends a typed error as the answer."""
+        self.answer(front_pb2.FrontResponse(error=error.to_proto()))
+
+    def give_up(self) -> None:
+        """The sender waits no longer."""
+        with self._lock:
+            callbacks, self._callbacks = self._callbacks, []
+            self._given_up = True
+        for callback in callbacks:
+            callback()
+
+
+Handler = Callable[[Incoming], None]
+
+
+class Front:
+    """The endpoint of one rank. `identify` and `handle` before anybody is told of it."""
+
+    def __init__(
+        self, host: str, *, budget_bytes: int = DEFAULT_BUDGET_BYTES, on_request: Handler | None = None
+    ) -> None:
+        """Binds a free port of `host`.
+
+        Args:
+            budget_bytes: most bytes of requests that were taken in and not answered yet; beyond, `Overloaded`.
+            on_request: the handler; see `handle`.
+        """
+        self.refused = 0
+        self._budget_bytes = budget_bytes
+        self._handler: Handler = on_request or _not_ready
+        self._who: tuple[str, int, int] | None = None
+        self._lock = threading.Lock()  # guards _open, _open_bytes, _closing
+        self._open: dict[_Key, Incoming] = {}
+        self._open_bytes = 0
+        self._closing = False
+        self._answers: queue.SimpleQueue[tuple[bytes, list[Buffer]] | None] = queue.SimpleQueue()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._router = self._context.socket(zmq.ROUTER)
+        configure_front_socket(self._router)
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._router.bind(f"tcp://{host}:0")
+        self.endpoint: str = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._thread = threading.Thread(target=self._run, name="epmesh-front", daemon=True)
+        self._thread.start()
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that were taken in and not answered yet."""
+        return len(self._open)
+
+    def identify(self, mesh_id: str, rank: int, incarnation: int) -> None:
+        """Says whose front it is; requests for somebody else are refused. Before that all are `NotReady`."""
+        self._who = (mesh_id, rank, incarnation)
+
+    def handle(self, on_request: Handler) -> None:
+        """Sets what is called with every request, on the front's thread; it must not wait. What it raises is sent."""
+        self._handler = on_request
+
+    def close(self, linger_s: float = 1.0) -> None:
+        """Refuses what was not answered, and ends; answers get up to `linger_s` to leave. Idempotent."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+            left = list(self._open.values())
+        for incoming in left:
+            incoming.refuse(MeshUnavailable("the rank is leaving"))
+        self._answers.put(None)
+        os.eventfd_write(self._wake_fd, 1)
+        self._thread.join()
+        self._router.close(linger=int(linger_s * 1000))
+        self._context.term()
+        os.close(self._wake_fd)
+
+    def _answer(self, key: _Key, frames: list[Buffer]) -> None:
+        with self._lock:
+            incoming = self._open.pop(key, None)
+            if incoming is None:
+                return
+            self._open_bytes -= incoming.num_bytes
+            self._answers.put((key[0], frames))
+            os.eventfd_write(self._wake_fd, 1)
+
+    # The thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wake_fd, zmq.POLLIN)
+        poller.register(self._router, zmq.POLLIN)
+        while True:
+            ready = dict(poller.poll())
+            if self._wake_fd in ready and not self._send_answers():
+                return
+            if self._router in ready:
+                self._receive()
+
+    def _send_answers(self) -> bool:
+        """Sends what is there to send; False once that was the last."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+        while not self._answers.empty():
+            answer = self._answers.get_nowait()
+            if answer is None:
+                return False
+            self._send(*answer)
+        return True
+
+    def _send(self, sender: bytes, frames: list[Buffer]) -> None:
+        with contextlib.suppress(zmq.ZMQError):  # the sender is gone
+            self._router.send_multipart([sender, *frames], flags=zmq.NOBLOCK, copy=False)
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                sender, *frames = self._router.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            try:
+                self._take_in(sender.bytes, [frame.buffer for frame in frames])
+            except InvalidRequest as exc:
+                self.refused += 1
+                _log.warning("rank=%s front.refused: %s", self._who[1] if self._who else "?", exc)
+
+    def _take_in(self, sender: bytes, frames: list[Buffer]) -> None:
+        request = _parse(frames)
+        key = (sender, request.request_id)
+        if request.WhichOneof("request") == "cancel":
+            cancelled = self._open.get((sender, request.cancel.request_id))
+            if cancelled is not None:
+                cancelled.give_up()
+            return
+        try:
+            self._check(request)
+            incoming = Incoming(self, key, request, check_frames(request, frames[1:]))
+            self._admit(key, incoming)
+        except EpmeshError as exc:
+            self.refused += 1
+            response = front_pb2.FrontResponse(request_id=request.request_id, error=exc.to_proto())
+            self._send(sender, [response.SerializeToString()])
+            return
+        try:
+            self._handler(incoming)
+        except EpmeshError as exc:
+            incoming.refuse(exc)
+        except Exception as exc:  # noqa: BLE001 - the thread must go on, whatever a handler does
+            _log.exception("rank=%d front.failed", request.rank)
+            incoming.refuse(EpmeshError(f"rank {request.rank} failed: {type(exc).__name__}: {exc}"))
+
+    def _check(self, request: front_pb2.FrontRequest) -> None:
+        if self._who is None:
+            raise NotReady("this rank is not in a mesh yet")
+        if (request.mesh_id, request.rank, request.incarnation) != self._who:
+            mesh_id, rank, incarnation = self._who
+            asked = f"rank {request.rank} of mesh {request.mesh_id[:64]!r}, incarnation {request.incarnation:x}"
+            raise StaleEpoch(0, f"this is rank {rank} of mesh {mesh_id!r}, incarnation {incarnation:x}, not {asked}")
+        if request.deadline_ms == 0:
+            raise InvalidRequest("deadline_ms is 0; every request needs a deadline")
+
+    def _admit(self, key: _Key, incoming: Incoming) -> None:
+        with self._lock:
+            if self._closing:
+                raise MeshUnavailable("the rank is leaving")
+            if key in self._open:
+                raise InvalidRequest(f"request {key[1]} is open already; number requests anew")
+            if len(self._open) >= MAX_OPEN_REQUESTS or self._open_bytes + incoming.num_bytes > self._budget_bytes:
+                raise Overloaded(
+                    _RETRY_AFTER_S,
+                    f"{len(self._open)} requests of {self._open_bytes} bytes wait here; {incoming.num_bytes} more "
+                    f"do not fit into {self._budget_bytes}",
+                )
+            self._open[key] = incoming
+            self._open_bytes += incoming.num_bytes
+
+
+def _parse(frames: Sequence[Buffer]) -> front_pb2.FrontRequest:
+    """The header of a message.
+
+    Raises:
+        InvalidRequest: there is none, so nobody can be answered.
+    """
+    if not 1 <= len(frames) <= MAX_TENSORS + 1:
+        raise InvalidRequest(f"a message of {len(frames)} frames; it has 1 to {MAX_TENSORS + 1}")
+    if len(frames[0]) > MAX_HEADER_BYTES:
+        raise InvalidRequest(f"a header of {len(frames[0])} bytes; at most {MAX_HEADER_BYTES} are allowed")
+    try:
+        return front_pb2.FrontRequest.FromString(bytes(frames[0]))
+    except DecodeError as exc:
+        raise InvalidRequest("the first frame is no FrontRequest") from exc
+
+
+def _not_ready(_: Incoming) -> None:
+    raise NotReady("this rank takes no requests yet")

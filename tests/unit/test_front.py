@@ -1,0 +1,276 @@
+"""A rank's front and its client, over loopback, in one process."""
+
+from __future__ import annotations
+
+import gc
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from epmesh import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, NotReady, Overloaded, PeerLost
+from epmesh.errors import StaleEpoch
+from epmesh.frames import tensor_meta
+from epmesh.front import FrontClient, FrontPeer
+from epmesh.v1 import front_pb2
+from epmesh_server.ranks.front import Front, Incoming
+
+MESH, RANK, INCARNATION = "mesh-1", 3, 7
+
+
+@pytest.fixture
+def front() -> Iterator[Front]:
+    made = Front("127.0.0.1", budget_bytes=1000)
+    made.identify(MESH, RANK, INCARNATION)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def client() -> Iterator[FrontClient]:
+    made = FrontClient(MESH)
+    yield made
+    made.close()
+
+
+def peer(front: Front, **changes: Any) -> FrontPeer:
+    return FrontPeer(**{"rank": RANK, "incarnation": INCARNATION, "endpoint": front.endpoint, **changes})
+
+
+def rows(*tensors: bytes) -> front_pb2.FrontRequest:
+    request = front_pb2.FrontRequest(serve_rows=front_pb2.ServeRows(epoch=1))
+    request.tensors.extend(tensor_meta("uint8", (len(tensor),)) for tensor in tensors)
+    return request
+
+
+def echo(incoming: Incoming) -> None:
+    incoming.answer(front_pb2.FrontResponse(tensors=incoming.request.tensors), [bytes(t) for t in incoming.tensors])
+
+
+def test_an_answer_brings_the_tensors_of_its_own_request(front: Front, client: FrontClient) -> None:
+    front.handle(echo)
+    futures = [client.call(peer(front), rows(b"a" * n, b""), [b"a" * n, b""], timeout_s=5) for n in range(1, 40)]
+    for n, future in enumerate(futures, 1):
+        assert [bytes(t) for t in future.result(5).tensors] == [b"a" * n, b""]
+    assert front.open_requests == 0
+
+
+def test_answers_may_come_from_any_thread_and_in_any_order(front: Front, client: FrontClient) -> None:
+    waiting: queue.Queue[Incoming] = queue.Queue()
+    front.handle(waiting.put)
+    futures = [client.call(peer(front), rows(bytes([n])), [bytes([n])], timeout_s=5) for n in range(20)]
+    taken = [waiting.get(timeout=5) for _ in futures]
+    threads = [threading.Thread(target=echo, args=(incoming,)) for incoming in reversed(taken)]
+    for thread in threads:
+        thread.start()
+    assert [bytes(future.result(5).tensors[0]) for future in futures] == [bytes([n]) for n in range(20)]
+    for thread in threads:
+        thread.join()
+
+
+def test_errors_come_back_typed_whoever_raises_them(front: Front, client: FrontClient) -> None:
+    front.handle(lambda incoming: incoming.refuse(PeerLost([5], 9)))
+    with pytest.raises(PeerLost) as lost:
+        client.call(peer(front), rows(), timeout_s=5).result(5)
+    assert (lost.value.rank, lost.value.epoch) == (5, 9)
+
+    def refuse(_: Incoming) -> None:
+        raise NotReady("not yet")
+
+    front.handle(refuse)
+    with pytest.raises(NotReady, match="not yet"):
+        client.call(peer(front), rows(), timeout_s=5).result(5)
+    front.handle(lambda _: {}["nothing"])
+    with pytest.raises(EpmeshError, match="KeyError"):
+        client.call(peer(front), rows(), timeout_s=5).result(5)
+
+
+def test_what_is_meant_for_somebody_else_or_says_no_deadline_is_refused(front: Front, client: FrontClient) -> None:
+    front.handle(echo)
+    for changes in ({"rank": 4}, {"incarnation": 8}):
+        with pytest.raises(StaleEpoch, match="rank 3 of mesh 'mesh-1', incarnation 7"):
+            client.call(peer(front, **changes), rows(), timeout_s=5).result(5)
+    stranger = FrontClient("mesh-2")
+    with pytest.raises(StaleEpoch, match="mesh-2"):
+        stranger.call(peer(front), rows(), timeout_s=5).result(5)
+    stranger.close()
+    for timeout_s in (0, -1.0, float("nan"), 1e9):
+        with pytest.raises(InvalidRequest, match="timeout_s"):
+            client.call(peer(front), rows(), timeout_s=timeout_s)
+
+
+def test_a_front_without_a_rank_takes_nothing_yet(client: FrontClient) -> None:
+    nobody = Front("127.0.0.1", on_request=echo)
+    with pytest.raises(NotReady):
+        client.call(peer(nobody), rows(), timeout_s=5).result(5)
+    nobody.close()
+
+
+def test_requests_beyond_the_budget_are_overload_at_once_and_room_comes_back(front: Front, client: FrontClient) -> None:
+    waiting: queue.Queue[Incoming] = queue.Queue()
+    front.handle(waiting.put)
+    first = client.call(peer(front), rows(b"x" * 800), [b"x" * 800], timeout_s=5)
+    taken = waiting.get(timeout=5)
+    with pytest.raises(Overloaded) as full:
+        client.call(peer(front), rows(b"x" * 300), [b"x" * 300], timeout_s=5).result(5)
+    assert full.value.retry_after_s > 0
+    taken.answer()
+    first.result(5)
+    front.handle(echo)
+    client.call(peer(front), rows(b"x" * 300), [b"x" * 300], timeout_s=5).result(5)
+
+
+def test_frames_must_be_what_the_header_says(front: Front, client: FrontClient) -> None:
+    front.handle(echo)
+    with pytest.raises(InvalidRequest, match="describes 1 frames; 0 came"):
+        client.call(peer(front), rows(b"abc"), timeout_s=5).result(5)
+    with pytest.raises(InvalidRequest, match="3 bytes; 2 came"):
+        client.call(peer(front), rows(b"abc"), [b"ab"], timeout_s=5).result(5)
+    request = rows(b"abc")
+    request.places.extend([0, 0])
+    with pytest.raises(InvalidRequest, match="2 places for 1 tensors"):
+        client.call(peer(front), request, timeout_s=5).result(5)
+    assert front.open_requests == 0
+
+
+def test_a_tensor_in_shared_memory_has_no_frame(front: Front, client: FrontClient) -> None:
+    waiting: queue.Queue[Incoming] = queue.Queue()
+    front.handle(waiting.put)
+    request = rows(b"abc", b"de")
+    request.places.extend([4096, -1])
+    future = client.call(peer(front), request, [b"de"], timeout_s=5)
+    taken = waiting.get(timeout=5)
+    assert [bytes(tensor) for tensor in taken.tensors] == [b"de"]
+    taken.answer()
+    assert future.result(5).tensors == ()
+
+
+def test_garbage_on_the_socket_harms_nobody(front: Front, client: FrontClient) -> None:
+    front.handle(echo)
+    context = zmq.Context()
+    stranger = context.socket(zmq.DEALER)
+    stranger.linger = 0
+    stranger.connect(front.endpoint)
+    for frames in ([b"\xff" * 50], [b""], [b"\x00" * (1 << 19)], [b"x"] * 80):
+        stranger.send_multipart(frames)
+    stranger.poll(200)
+    assert [bytes(t) for t in client.call(peer(front), rows(b"ab"), [b"ab"], timeout_s=5).result(5).tensors] == [b"ab"]
+    stranger.close()
+    context.term()
+
+
+def test_a_second_request_under_an_open_number_is_refused_and_the_first_goes_on(front: Front) -> None:
+    waiting: queue.Queue[Incoming] = queue.Queue()
+    front.handle(waiting.put)
+    context = zmq.Context()
+    sender = context.socket(zmq.DEALER)
+    sender.linger = 0
+    sender.connect(front.endpoint)
+    request = rows()
+    request.mesh_id, request.rank, request.incarnation, request.request_id = MESH, RANK, INCARNATION, 1
+    request.deadline_ms = 5000
+    for _ in range(2):
+        sender.send(request.SerializeToString())
+    refusal = front_pb2.FrontResponse.FromString(sender.recv())
+    assert "open already" in refusal.error.message
+    waiting.get(timeout=5).answer(front_pb2.FrontResponse(tensors=[tensor_meta("uint8", (0,))]), [b""])
+    assert not front_pb2.FrontResponse.FromString(sender.recv_multipart()[0]).HasField("error")
+    sender.close()
+    context.term()
+
+
+def test_cancelling_reaches_the_rank(front: Front, client: FrontClient) -> None:
+    waiting: queue.Queue[Incoming] = queue.Queue()
+    front.handle(waiting.put)
+    future = client.call(peer(front), rows(), timeout_s=30)
+    taken = waiting.get(timeout=5)
+    told = threading.Event()
+    taken.on_cancel(told.set)
+    before = taken.cancelled
+    assert future.cancel()
+    assert told.wait(5)
+    assert (before, taken.cancelled) == (False, True)
+    late = threading.Event()
+    taken.on_cancel(late.set)
+    assert late.is_set()
+    taken.answer()
+    assert front.open_requests == 0
+
+
+def test_a_late_answer_is_a_deadline_and_the_rank_is_told(front: Front, client: FrontClient) -> None:
+    waiting: queue.Queue[Incoming] = queue.Queue()
+    front.handle(waiting.put)
+    future = client.call(peer(front), rows(), timeout_s=0.1)
+    taken = waiting.get(timeout=5)
+    told = threading.Event()
+    taken.on_cancel(told.set)
+    with pytest.raises(DeadlineExceeded) as late:
+        future.result(5)
+    assert late.value.rank == RANK
+    assert told.wait(5)
+
+
+def test_a_front_that_ends_fails_what_is_open_at_once(client: FrontClient) -> None:
+    front = Front("127.0.0.1")
+    front.identify(MESH, RANK, INCARNATION)
+    waiting: queue.Queue[Incoming] = queue.Queue()
+    front.handle(waiting.put)
+    future = client.call(peer(front), rows(), timeout_s=30)
+    waiting.get(timeout=5)
+    front.close()
+    with pytest.raises((MeshUnavailable, PeerLost)):
+        future.result(5)
+    with pytest.raises(PeerLost) as lost:
+        client.call(peer(front), rows(), timeout_s=30).result(5)
+    assert lost.value.ranks == (RANK,)
+
+
+def test_nobody_at_the_endpoint_is_a_loss_and_not_a_wait(client: FrontClient) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and shakes no hands
+        endpoint = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(PeerLost, match="rank 1 cannot be reached"):
+            client.call(FrontPeer(1, 1, endpoint), rows(), timeout_s=30).result(10)
+        assert time.monotonic() - started < 8
+    with pytest.raises(InvalidRequest, match="no address"):
+        client.call(FrontPeer(1, 1, "nonsense"), rows(), timeout_s=5).result(5)
+
+
+def test_a_closed_client_fails_what_it_had_and_takes_nothing_more(front: Front) -> None:
+    front.handle(lambda _: None)
+    client = FrontClient(MESH)
+    future = client.call(peer(front), rows(), timeout_s=30)
+    client.close()
+    client.close()
+    with pytest.raises(MeshUnavailable, match="closed"):
+        future.result(5)
+    with pytest.raises(MeshUnavailable, match="closed"):
+        client.call(peer(front), rows(), timeout_s=5)
+
+
+def test_nothing_is_left_of_a_client_or_of_one_that_is_forgotten(front: Front) -> None:
+    front.handle(echo)
+
+    def use(close: bool) -> None:
+        client = FrontClient(MESH)
+        client.call(peer(front), rows(b"a"), [b"a"], timeout_s=5).result(5)
+        if close:
+            client.close()
+
+    use(True)
+    gc.collect()
+    before = descriptors(), threading.active_count()
+    for close in (True, False) * 3:
+        use(close)
+        gc.collect()
+    assert (descriptors(), threading.active_count()) == before
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
