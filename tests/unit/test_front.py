@@ -86,7 +86,7 @@ def test_errors_come_back_typed_whoever_raises_them(front: Front, client: FrontC
     front.handle(refuse)
     with pytest.raises(NotReady, match="not yet"):
         client.call(peer(front), rows(), timeout_s=5).result(5)
-    front.handle(lambda _: {}["nothing"])
+    front.handle(lambda _: dict[str, None]()["nothing"])
     with pytest.raises(EpmeshError, match="KeyError"):
         client.call(peer(front), rows(), timeout_s=5).result(5)
 
