@@ -11,7 +11,6 @@ import pytest
 from epmesh.errors import InvalidRequest
 from epmesh_server.node import NodeSettings
 from epmesh_server.node.runtime_dir import runtime_directory
-from epmesh_server.node.settings import has_port, join_address, split_address
 
 
 @pytest.mark.parametrize(
@@ -63,19 +62,6 @@ def test_what_killed_nodes_left_is_swept_and_nothing_else(tmp_path: Path, monkey
         with runtime_directory(None):
             assert held.exists()
         assert [path.exists() for path in (old, young, foreign)] == [False, True, True]
-
-
-@pytest.mark.parametrize(
-    ("host", "address"), [("h", "h:1"), ("::1", "[::1]:1"), ("[::1]", "[::1]:1"), ("10.0.0.1", "10.0.0.1:1")]
-)
-def test_hosts_and_ports_are_joined(host: str, address: str) -> None:
-    assert join_address(host, 1) == address
-    assert has_port(address)
-    assert not has_port(host)
-
-
-def test_addresses_split_at_the_last_colon() -> None:
-    assert split_address("[::1]:7401", "x") == ("[::1]", 7401)
 
 
 def test_a_fresh_runtime_directory_is_private_and_goes_away() -> None:

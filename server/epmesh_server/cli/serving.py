@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from epmesh.addresses import ANY_HOST, join_address
 from epmesh.errors import InvalidRequest
 from epmesh_server.cli.logs import LogLevel
 from epmesh_server.cli.supervisor import Supervisor, die_with_parent
 from epmesh_server.node import NodeSettings, run_node
-from epmesh_server.node.settings import ANY_HOST, join_address
 
 _log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

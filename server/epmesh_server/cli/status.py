@@ -12,12 +12,12 @@ import grpc
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
+from epmesh.addresses import split_address
+from epmesh.channels import open_channel
 from epmesh.errors import DeadlineExceeded, EpmeshError, MeshUnavailable, from_rpc_error
 from epmesh.v1 import discovery_service_pb2, discovery_service_pb2_grpc, rank_service_pb2, rank_service_pb2_grpc
 from epmesh.view import View
 from epmesh_server.cli.tables import view_as_dict, view_as_tables
-from epmesh_server.node.rpc import CHANNEL_OPTIONS
-from epmesh_server.node.settings import split_address
 
 _TIMEOUT_S = 1.5
 _RETRY_S = 0.5
@@ -32,7 +32,7 @@ def show(address: str, *, as_json: bool, watch: bool) -> None:
         NotReady: there is no view yet.
     """
     split_address(address, "address")
-    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+    with open_channel(address) as channel:
         stub = discovery_service_pb2_grpc.DiscoveryServiceStub(channel)
         view = _get_view(stub, address)
         with contextlib.suppress(KeyboardInterrupt):

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from epmesh.channels import COMMON, KEEPALIVE
 from epmesh.errors import InvalidRequest
 from epmesh_server.coordinator.engine import Engine
 from epmesh_server.coordinator.log import FileStore, Store
@@ -24,15 +25,10 @@ from epmesh_server.membership import Membership, MeshCreated, Snapshot
 HEALTH_NAMES = ("", "epmesh.coordinator")
 _STOP_GRACE_S = 0.2
 _OPTIONS = (
+    *COMMON,
+    *KEEPALIVE,
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a share of its connections
-    ("grpc.max_receive_message_length", 16 << 20),
-    ("grpc.max_send_message_length", 64 << 20),
-    # Without these a half-open connection hangs a call for good, and clients' pings would be punished.
-    ("grpc.keepalive_time_ms", 500),
-    ("grpc.keepalive_timeout_ms", 1000),
-    ("grpc.http2.ping_timeout_ms", 1500),  # without it a stopped client goes unnoticed for a minute
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
+    # Clients' pings would be punished otherwise.
     ("grpc.http2.min_ping_interval_without_data_ms", 100),
     ("grpc.http2.max_ping_strikes", 0),
 )

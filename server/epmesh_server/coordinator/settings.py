@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+from epmesh.addresses import is_loopback, join_address
 from epmesh.errors import InvalidRequest
 from epmesh_server.membership import MembershipSettings
 
@@ -56,15 +56,4 @@ class CoordinatorSettings:
 
     def address(self, port: int) -> str:
         """host:port as gRPC writes it."""
-        host = self.host.strip("[]")
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens on `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+        return join_address(self.host, port)

@@ -14,6 +14,8 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from epmesh.addresses import ANY_HOST, has_port, join_address, split_address
+from epmesh.channels import open_aio_channel
 from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable
 from epmesh.v1 import (
     discovery_service_pb2_grpc,
@@ -32,9 +34,9 @@ from epmesh_server.node.hosting import RankHosting
 from epmesh_server.node.rank_service import RankService
 from epmesh_server.node.ranks import RankTable
 from epmesh_server.node.registration import Enrolment, Identity
-from epmesh_server.node.rpc import TCP_SERVER_OPTIONS, UNIX_SERVER_OPTIONS, open_channel
+from epmesh_server.node.rpc import TCP_SERVER_OPTIONS, UNIX_SERVER_OPTIONS
 from epmesh_server.node.runtime_dir import DESCRIPTOR_SOCKET, GRPC_SOCKET, runtime_directory
-from epmesh_server.node.settings import ANY_HOST, NodeSettings, has_port, join_address, split_address
+from epmesh_server.node.settings import NodeSettings
 from epmesh_server.node.store import KeyValueStore, Store
 from epmesh_server.node.views import Discovery, ViewBoard
 
@@ -77,7 +79,7 @@ class Node:
         self._follower = EpochFollower(self._table, self._board, self._store, self._pool)
         self._hosting = RankHosting(self._table, self._follower, self._board, self._enrolment)
         self._health = health.aio.HealthServicer()
-        self._channel = open_channel(settings.coordinator)
+        self._channel = open_aio_channel(settings.coordinator)
         self._commands = Commands(self._table, self._board, self._follower, self._hosting, self._enrolment)
         self._link = CoordinatorLink(settings.coordinator, self._channel, self._commands)
         self._table.on_change = self._link.ranks_changed

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
+from epmesh.addresses import has_port, is_loopback, split_address
 from epmesh.errors import InvalidRequest
 from epmesh_server.shared_memory import PAGE_BYTES
 
@@ -13,7 +13,6 @@ DEFAULT_PORT = 7400
 DEFAULT_COORDINATOR = "127.0.0.1:7401"
 DEFAULT_BUFFER_BYTES = 1 << 30
 MAX_NODE_ID_CHARS = 256
-ANY_HOST = ("0.0.0.0", "::", "[::]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,36 +68,3 @@ class NodeSettings:
     def region_bytes(self) -> int:
         """`buffer_bytes` in whole pages."""
         return -(-self.buffer_bytes // PAGE_BYTES) * PAGE_BYTES
-
-
-def split_address(address: str, what: str) -> tuple[str, int]:
-    """Host and port of ``host:port``; `what` names the setting in the error.
-
-    Raises:
-        InvalidRequest: it is something else.
-    """
-    host, colon, port = address.rpartition(":")
-    if not (host and colon and port.isascii() and port.isdigit() and 0 < int(port) <= 65_535):
-        raise InvalidRequest(f"{what} is {address!r}; it must be host:port, such as 127.0.0.1:7401")
-    return host, int(port)
-
-
-def join_address(host: str, port: int) -> str:
-    """``host:port``, with brackets around an IPv6 address."""
-    host = host.strip("[]")
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def has_port(address: str) -> bool:
-    """Whether `address` is host:port rather than a host alone, IPv6 or not."""
-    return address.count(":") == 1 or "]:" in address
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this host can reach `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 
 import torch
 
+from epmesh.addresses import split_address
 from epmesh.errors import InvalidRequest
 from epmesh.v1 import membership_service_pb2, rank_service_pb2, view_pb2
 from epmesh.view import RankMode, View
-from epmesh_server.node.settings import split_address
 from epmesh_server.ranks.communicator import JoinedCommunicator
 from epmesh_server.ranks.links import LinkHub, Peer
 from epmesh_server.ranks.rank import Load, RankProcess

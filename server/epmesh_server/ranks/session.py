@@ -18,6 +18,7 @@ from pathlib import Path
 import grpc
 
 from epmesh import errors
+from epmesh.channels import open_channel
 from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, Unauthenticated
 from epmesh.v1 import membership_service_pb2, rank_service_pb2, rank_service_pb2_grpc
 from epmesh.version import VERSION, check_compatible
@@ -29,16 +30,6 @@ _log = logging.getLogger(__name__)
 RPC_TIMEOUT_S = 2.0
 _LEAVE_WITHIN_S = 6.0
 _MAX_DATAGRAM, _MAX_DESCRIPTORS = 65_536, 253
-CHANNEL_OPTIONS = (
-    ("grpc.keepalive_time_ms", 500),
-    ("grpc.keepalive_timeout_ms", 1000),
-    ("grpc.http2.ping_timeout_ms", 1500),  # without it a keepalive ping is awaited for a minute
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 500),
-    ("grpc.max_receive_message_length", 64 << 20),
-)
 
 
 def describe_node(address: str, timeout_s: float) -> rank_service_pb2.DescribeNodeResponse:
@@ -49,7 +40,7 @@ def describe_node(address: str, timeout_s: float) -> rank_service_pb2.DescribeNo
         MeshUnavailable: nobody answered, or no coordinator accepted the node, within `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
-    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+    with open_channel(address) as channel:
         stub = rank_service_pb2_grpc.RankServiceStub(channel)
         problem: str = "no answer"
         while (left := deadline - time.monotonic()) > 0:
@@ -82,7 +73,7 @@ class RankSession:
             if not Path(path).exists():
                 raise MeshUnavailable(f"{path} is not on this host; join through the node service of this host")
         self._descriptor_path = node.descriptor_socket
-        self.channel = grpc.insecure_channel(f"unix:{node.grpc_socket}", options=CHANNEL_OPTIONS)
+        self.channel = open_channel(f"unix:{node.grpc_socket}")
         self._requests: queue.SimpleQueue[rank_service_pb2.RankSessionRequest | None] = queue.SimpleQueue()
         self._changed = threading.Condition()  # guards _view, _error, _opened
         self._view: View | None = None

@@ -1,0 +1,51 @@
+"""gRPC channels: how everything that calls a service opens one. Keepalive, sizes, reconnection.
+
+Servers take `COMMON` and `KEEPALIVE` too, for both ends of a connection must agree on them.
+"""
+
+from __future__ import annotations
+
+import grpc
+import grpc.aio
+
+MAX_MESSAGE_BYTES = 16 << 20
+
+Options = tuple[tuple[str, int], ...]
+
+COMMON: Options = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+# Without these a half-open connection hangs a call for good; with them it ends within 2 s.
+KEEPALIVE: Options = (
+    ("grpc.keepalive_time_ms", 500),
+    ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.http2.ping_timeout_ms", 1500),  # without it a keepalive ping is awaited for a minute
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+CHANNEL_OPTIONS: Options = (
+    *COMMON,
+    *KEEPALIVE,
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 500),  # how long one try may take
+    ("grpc.max_reconnect_backoff_ms", 300),
+)
+# For a channel that is opened for one try and then thrown away: it shares no connection, and so no back-off, with
+# earlier ones, and looks names up anew. The service may be farther away than a node's own, so a try may take longer.
+ONE_TRY_OPTIONS: Options = (
+    *(option for option in CHANNEL_OPTIONS if option[0] != "grpc.min_reconnect_backoff_ms"),
+    ("grpc.min_reconnect_backoff_ms", 2000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+def open_channel(target: str, options: Options = CHANNEL_OPTIONS) -> grpc.Channel:
+    """A channel to a service at host:port or ``unix:path``; connects when first used. Open it after a fork, only."""
+    return grpc.insecure_channel(target, options=options)
+
+
+def open_aio_channel(target: str, options: Options = CHANNEL_OPTIONS) -> grpc.aio.Channel:
+    """As `open_channel`, for asyncio."""
+    return grpc.aio.insecure_channel(target, options=options)
