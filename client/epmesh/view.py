@@ -120,6 +120,21 @@ class View:
         """Whether there is a group called `name`."""
         return name in self._groups_by_name
 
+    def node_of(self, rank: int) -> NodeInfo:
+        """The node that a living global rank belongs to.
+
+        Raises:
+            InvalidRequest: no such rank is in the view.
+        """
+        node = self._nodes_by_rank.get(rank)
+        if node is None:
+            raise InvalidRequest(f"no rank {rank} in epoch {self.epoch}; there are: {list(self.ranks)}")
+        return node
+
+    @cached_property
+    def _nodes_by_rank(self) -> dict[int, NodeInfo]:
+        return {info.rank: node for node in self.nodes for info in node.ranks}
+
     def slot_of(self, rank: int) -> int:
         """The slot of the node a global rank belongs to."""
         return rank // self.stride
@@ -160,6 +175,15 @@ class View:
             placements=dict(Placement.from_proto(placement) for placement in message.placements),
             tensor_parallel_size=message.tensor_parallel_size,
         )
+
+
+def is_newer(view: View | view_pb2.View, epoch: int, mesh_id: str) -> bool:
+    """Whether `view` comes after the one that `epoch` numbers in the mesh `mesh_id`.
+
+    A committed view of another mesh does, whatever its number, for every mesh counts anew. An empty `mesh_id` stands
+    for the mesh of `view`.
+    """
+    return view.epoch > epoch or (view.epoch > 0 and mesh_id not in {"", view.mesh_id})
 
 
 def rank_to_proto(info: RankInfo) -> view_pb2.Rank:

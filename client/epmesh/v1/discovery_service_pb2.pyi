@@ -11,19 +11,25 @@ class GetViewRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetViewResponse(_message.Message):
-    __slots__ = ("view",)
+    __slots__ = ("view", "version")
     VIEW_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     view: _view_pb2.View
-    def __init__(self, view: _Optional[_Union[_view_pb2.View, _Mapping]] = ...) -> None: ...
+    version: str
+    def __init__(self, view: _Optional[_Union[_view_pb2.View, _Mapping]] = ..., version: _Optional[str] = ...) -> None: ...
 
 class WatchViewsRequest(_message.Message):
-    __slots__ = ("after_epoch",)
+    __slots__ = ("after_epoch", "mesh_id")
     AFTER_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MESH_ID_FIELD_NUMBER: _ClassVar[int]
     after_epoch: int
-    def __init__(self, after_epoch: _Optional[int] = ...) -> None: ...
+    mesh_id: str
+    def __init__(self, after_epoch: _Optional[int] = ..., mesh_id: _Optional[str] = ...) -> None: ...
 
 class WatchViewsResponse(_message.Message):
-    __slots__ = ("view",)
+    __slots__ = ("view", "version")
     VIEW_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     view: _view_pb2.View
-    def __init__(self, view: _Optional[_Union[_view_pb2.View, _Mapping]] = ...) -> None: ...
+    version: str
+    def __init__(self, view: _Optional[_Union[_view_pb2.View, _Mapping]] = ..., version: _Optional[str] = ...) -> None: ...

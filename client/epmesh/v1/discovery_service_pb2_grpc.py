@@ -59,7 +59,8 @@ class DiscoveryServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchViews(self, request, context):
-        """WatchViews streams the current view, then every later one; views may be skipped, epochs never fall.
+        """WatchViews streams the current view, then every later one; views may be skipped, and a mesh's epochs never fall.
+        A node service that comes to belong to another mesh goes on with that one's views.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -88,7 +88,9 @@ class DiscoveryServiceStub(typing.Generic[_DiscoveryServiceGetViewType, _Discove
     """GetView returns the last committed view this server knows."""
 
     WatchViews: _DiscoveryServiceWatchViewsType
-    """WatchViews streams the current view, then every later one; views may be skipped, epochs never fall."""
+    """WatchViews streams the current view, then every later one; views may be skipped, and a mesh's epochs never fall.
+    A node service that comes to belong to another mesh goes on with that one's views.
+    """
 
 DiscoveryServiceAsyncStub: typing_extensions.TypeAlias = DiscoveryServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -118,6 +120,8 @@ class DiscoveryServiceServicer(metaclass=abc.ABCMeta):
         request: epmesh.v1.discovery_service_pb2.WatchViewsRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[epmesh.v1.discovery_service_pb2.WatchViewsResponse], collections.abc.AsyncIterator[epmesh.v1.discovery_service_pb2.WatchViewsResponse]]:
-        """WatchViews streams the current view, then every later one; views may be skipped, epochs never fall."""
+        """WatchViews streams the current view, then every later one; views may be skipped, and a mesh's epochs never fall.
+        A node service that comes to belong to another mesh goes on with that one's views.
+        """
 
 def add_DiscoveryServiceServicer_to_server(servicer: DiscoveryServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

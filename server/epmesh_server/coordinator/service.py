@@ -169,7 +169,7 @@ class Services:
 
     async def watch_views(self, request: discovery.WatchViewsRequest, context: Context) -> AsyncIterator[bytes]:
         """The current view and every later one, or only the newest for those who read slowly."""
-        epoch = request.after_epoch
+        epoch = request.after_epoch if request.mesh_id in {"", self._mesh_id} else 0
         while True:
             try:
                 await self._engine.board.after(epoch)

@@ -6,6 +6,7 @@ import asyncio
 
 from epmesh.errors import MeshUnavailable
 from epmesh.v1 import discovery_service_pb2 as discovery
+from epmesh.version import VERSION
 from epmesh.view import View
 from epmesh_server.coordinator.wire import view_to_proto
 
@@ -38,7 +39,9 @@ class ViewBoard:
     def encoded(self) -> bytes:
         """The view as response of `GetView` and of `WatchViews`, whose bytes are the same."""
         if self._encoded is None:
-            self._encoded = discovery.WatchViewsResponse(view=view_to_proto(self.view)).SerializeToString()
+            self._encoded = discovery.WatchViewsResponse(
+                view=view_to_proto(self.view), version=VERSION
+            ).SerializeToString()
         return self._encoded
 
     async def after(self, epoch: int) -> None:

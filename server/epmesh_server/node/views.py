@@ -9,7 +9,8 @@ from typing import Any
 import grpc
 
 from epmesh.v1 import discovery_service_pb2, discovery_service_pb2_grpc, view_pb2
-from epmesh.view import View
+from epmesh.version import VERSION
+from epmesh.view import View, is_newer
 
 
 class ViewBoard:
@@ -41,9 +42,9 @@ class ViewBoard:
         self.view = self.message = None
         self._notify()
 
-    async def newer_than(self, epoch: int) -> view_pb2.View:
-        """The newest view, once its epoch is larger than `epoch`."""
-        while self.message is None or self.message.epoch <= epoch:
+    async def newer_than(self, epoch: int, mesh_id: str = "") -> view_pb2.View:
+        """The newest view, once its epoch is larger than `epoch`, or it is of another mesh than `mesh_id`, if any."""
+        while self.message is None or not is_newer(self.message, epoch, mesh_id):
             await self._changed.wait()
         return self.message
 
@@ -68,7 +69,7 @@ class Discovery(discovery_service_pb2_grpc.DiscoveryServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> discovery_service_pb2.GetViewResponse:
         """The newest view; epoch 0 before the first."""
-        return discovery_service_pb2.GetViewResponse(view=self._board.message or view_pb2.View())
+        return discovery_service_pb2.GetViewResponse(view=self._board.message or view_pb2.View(), version=VERSION)
 
     async def WatchViews(
         self,
@@ -76,8 +77,8 @@ class Discovery(discovery_service_pb2_grpc.DiscoveryServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[discovery_service_pb2.WatchViewsResponse]:
         """Every newer view, the newest first; a slow reader skips some."""
-        epoch = request.after_epoch
+        epoch, mesh_id = request.after_epoch, request.mesh_id
         while True:
-            message = await self._board.newer_than(epoch)
-            epoch = message.epoch
-            yield discovery_service_pb2.WatchViewsResponse(view=message)
+            message = await self._board.newer_than(epoch, mesh_id)
+            epoch, mesh_id = message.epoch, message.mesh_id
+            yield discovery_service_pb2.WatchViewsResponse(view=message, version=VERSION)
