@@ -6,6 +6,7 @@ import pytest
 
 from epmesh.errors import InvalidRequest, StaleEpoch
 from epmesh.v1 import membership_service_pb2, rank_service_pb2
+from epmesh.v1.view_pb2 import RANK_MODE_SERVE as SERVE
 from tests.integration.fake_coordinator import EP, WORLD
 from tests.integration.node_under_test import mesh
 from tests.integration.waiting import on_event_loop, until
@@ -193,3 +194,23 @@ async def test_unreachable_peers_are_passed_on_under_the_reporters_number() -> N
         assert [(one.reporter, one.target, one.target_incarnation) for one in report.failures] == [(0, 9, 4)]
         await rank.hang_up()
         assert not (await m.session.expect("links")).failures
+
+
+@on_event_loop
+async def test_another_mode_and_front_are_reported_to_the_coordinator() -> None:
+    async with mesh() as m:
+        rank = await m.rank(1)
+        await m.session.expect_ranks([0])
+        await rank.send(update=rank_service_pb2.UpdateRank(mode=SERVE, front_endpoint="tcp://127.0.0.1:9"))
+        (shown,) = (await m.session.expect("ranks")).ranks
+        assert (shown.rank.mode, shown.rank.front_endpoint) == (SERVE, "tcp://127.0.0.1:9")
+
+
+@on_event_loop
+async def test_a_mode_that_does_not_exist_ends_the_session_with_the_reason() -> None:
+    async with mesh() as m:
+        rank = await m.rank(1)
+        await rank.send(update=rank_service_pb2.UpdateRank(mode=77))  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequest, match="rank mode is 77"):
+            await rank.view(1)
+        await m.session.expect_ranks([])

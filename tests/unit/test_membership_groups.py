@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from epmesh.errors import EpmeshError, InvalidRequest, PeerLost
-from epmesh.placement import Placement
+from epmesh.placement import Placement, linear_placement
 from epmesh.view import RankMode
 from epmesh_server.membership import ExpertDeclaration, RankDeclaration
-from epmesh_server.membership.actions import Done, Prepare
-from epmesh_server.membership.events import CreateGroup, DestroyGroup, SetPlacement, Tick
+from epmesh_server.membership.actions import Done, Finish, Prepare
+from epmesh_server.membership.events import CreateGroup, DestroyGroup, Finished, SetPlacement, Tick
 from tests.unit.fake_mesh import FakeMesh, FakeNode, explicit, linear, rank, two_nodes
 
 
@@ -294,6 +299,78 @@ def test_ranks_that_serve_do_not_count_for_the_linear_default() -> None:
     assert experts_of(mesh) == {1: (0, 1), 2: (2, 3)}
 
 
+def serving(number: int, incarnation: int = 1, world_size: int = 2, num_experts: int = 4) -> RankDeclaration:
+    return rank(
+        number, incarnation, mode=RankMode.SERVE, world_size=world_size, experts=[linear(num_experts)]
+    )
+
+
+def test_ranks_that_serve_share_the_linear_default_among_themselves() -> None:
+    mesh = FakeMesh()
+    a = mesh.start("a")
+    set_ranks(mesh, a, rank(0, mode=RankMode.EXCHANGE), serving(1))
+    assert list(mesh.view.ranks) == [0, 1]  # it waits for the other in the view already
+    assert mesh.view.placements == {}
+    set_ranks(mesh, a, rank(0), serving(1), serving(2))
+    assert experts_of(mesh) == {1: (0, 1), 2: (2, 3)}
+
+
+def test_an_exchange_mesh_and_serving_ranks_have_a_linear_default_each() -> None:
+    mesh = FakeMesh()
+    a, b = mesh.start("a"), mesh.start("b", 2)
+    exchange = [rank(number, world_size=2, experts=[linear(4)]) for number in (0, 1)]
+    set_ranks(mesh, b, serving(8), serving(9))
+    set_ranks(mesh, a, *exchange)
+    both = {0: (0, 1), 1: (2, 3), 8: (0, 1), 9: (2, 3)}
+    assert experts_of(mesh) == both
+    set_ranks(mesh, b, serving(9))
+    set_ranks(mesh, b, serving(9), serving(8, 2))
+    assert experts_of(mesh) == both
+    set_ranks(mesh, a, rank(0, 2, world_size=1, experts=[linear(4)]))
+    assert experts_of(mesh) == both
+
+
+def test_a_death_moves_no_expert_to_a_serving_rank_that_came_too_late_for_the_default() -> None:
+    mesh = FakeMesh()
+    a = mesh.start("a")
+    set_ranks(mesh, a, serving(0), serving(1))
+    set_ranks(mesh, a, serving(0), serving(1), serving(2, world_size=1))
+    set_ranks(mesh, a, serving(2, world_size=1))
+    assert experts_of(mesh) == {0: (0, 1), 1: (2, 3)}
+
+
+def test_a_placement_that_the_exchanging_ranks_agree_on_leaves_the_serving_ones_theirs() -> None:
+    mesh, _, b = two_nodes()
+    set_ranks(mesh, b, serving(8, 3), serving(9, 3))
+    done(mesh, SetPlacement, None, Placement(4, {0: (0, 1, 2), 1: (3,)}))
+    assert experts_of(mesh) == {0: (0, 1, 2), 1: (3,), 8: (0, 1), 9: (2, 3)}
+
+
+@given(
+    modes=st.lists(st.sampled_from(RankMode), min_size=1, max_size=6),
+    arrivals=st.randoms(use_true_random=False),
+    num_experts=st.integers(1, 9),
+)
+def test_the_linear_default_of_a_mode_does_not_hang_on_who_came_first(
+    modes: list[RankMode], arrivals: random.Random, num_experts: int
+) -> None:
+    declared = [
+        rank(number, mode=mode, world_size=modes.count(mode), experts=[linear(num_experts)])
+        for number, mode in enumerate(modes)
+    ]
+    mesh = FakeMesh()
+    a = mesh.start("a")
+    come: list[RankDeclaration] = []
+    for newcomer in arrivals.sample(declared, len(declared)):
+        come.append(newcomer)
+        set_ranks(mesh, a, *come)
+    wanted: dict[int, tuple[int, ...]] = {}
+    for mode in set(modes):
+        peers = [number for number, of in enumerate(modes) if of is mode]
+        wanted |= linear_placement(num_experts, peers).experts_of
+    assert experts_of(mesh) == wanted
+
+
 def test_a_rank_declares_its_experts_and_they_stay_after_its_death() -> None:
     mesh, a, b = two_nodes()
     set_ranks(mesh, a, rank(0, 5, experts=[explicit(4, (0, 1)), explicit(8, (7,), layer=3)]))
@@ -431,3 +508,60 @@ def test_operations_wait_for_a_running_commit_and_go_into_the_next() -> None:
     mesh.advance(0.2)
     assert mesh.replies[call] == Done(3)
     assert [type(command) for command in a.heard].count(Prepare) == 3
+
+
+# Modes -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_turns_to_serving_leaves_ep_in_a_new_membership_and_keeps_its_experts() -> None:
+    mesh, a, _ = two_nodes()
+    a.ranks = {number: rank(number, 3, world_size=2, experts=[linear(4)]) for number in (0, 1)}
+    set_ranks(mesh, a, *a.ranks.values())
+    before = mesh.view
+    held = experts_of(mesh)
+    set_ranks(mesh, a, a.ranks[0], rank(1, 3, mode=RankMode.SERVE, world_size=2, experts=[linear(4)]))
+    assert mesh.view.ranks[1].mode is RankMode.SERVE
+    assert mesh.view.group("ep").ranks == (0, 8, 9)
+    assert mesh.view.membership_epoch == mesh.view.epoch > before.epoch
+    assert experts_of(mesh) == held
+    prepare = [command for command in a.heard if isinstance(command, Prepare)][-1]
+    assert prepare.lost_ranks == ()  # it is alive
+    set_ranks(mesh, a, a.ranks[0], rank(1, 3, world_size=2, experts=[linear(4)]))
+    assert mesh.view.group("ep").ranks == (0, 1, 8, 9)
+
+
+def with_front(declared: RankDeclaration, endpoint: str) -> RankDeclaration:
+    return replace(declared, info=replace(declared.info, front_endpoint=endpoint))
+
+
+def test_another_front_endpoint_is_a_view_of_the_same_membership() -> None:
+    mesh, a, _ = two_nodes()
+    before = mesh.view
+    set_ranks(mesh, a, with_front(a.ranks[0], "tcp://127.0.0.1:9"), a.ranks[1])
+    assert mesh.view.ranks[0].front_endpoint == "tcp://127.0.0.1:9"
+    assert (mesh.view.epoch, mesh.view.membership_epoch) == (before.epoch + 1, before.membership_epoch)
+    set_ranks(mesh, a, *a.ranks.values())  # the same again
+    assert mesh.view.epoch == before.epoch + 1
+
+
+def test_a_change_that_comes_during_a_commit_has_the_next() -> None:
+    mesh, a, b = two_nodes()
+    b.silent.add(Finish)
+    mesh.ask(CreateGroup, "g", (0, 8))
+    mesh.advance(0.05)
+    a.ranks[1] = rank(1, mode=RankMode.SERVE)
+    mesh.report(a)
+    b.silent.clear()
+    assert b.session is not None
+    mesh.step(Finished(b.session, 2, b.progress()))
+    mesh.advance(0.2)
+    assert [view.ranks[1].mode for view in mesh.views[1:]] == [RankMode.EXCHANGE, RankMode.SERVE]
+
+
+def test_a_process_is_not_judged_again_for_the_experts_it_declared_once() -> None:
+    mesh, a, _ = two_nodes()
+    set_ranks(mesh, a, rank(0, 3, experts=[linear(4)]), rank(1, 3))
+    done(mesh, SetPlacement, None, Placement(8, {8: tuple(range(8))}))
+    set_ranks(mesh, a, rank(0, 3, mode=RankMode.SERVE, experts=[linear(4)]), rank(1, 3))
+    assert a.errors == {}
+    assert mesh.view.ranks[0].mode is RankMode.SERVE

@@ -90,13 +90,45 @@ def test_ends_wake_the_rank_and_a_full_counter_does_not_block(ranks: Ranks) -> N
     assert os.eventfd_read(entry.wake_fd) == 2**64 - 2
 
 
+def update(mode: int = view_pb2.RANK_MODE_SERVE, front_endpoint: str = "tcp://h:1") -> rank_service_pb2.UpdateRank:
+    return rank_service_pb2.UpdateRank(mode=view_pb2.RankMode.ValueType(mode), front_endpoint=front_endpoint)
+
+
+def test_a_changed_rank_is_reported_once(ranks: Ranks) -> None:
+    entry = ranks.open()
+    for _ in range(2):
+        ranks.table.update(entry, update())
+    assert ranks.changes == 2  # opened and changed
+    (reported,) = ranks.table.report().ranks
+    assert (reported.rank.mode, reported.rank.front_endpoint) == (view_pb2.RANK_MODE_SERVE, "tcp://h:1")
+    assert (reported.rank.rank, reported.rank.incarnation) == (6, 1)
+
+
+def test_a_change_that_no_view_could_show_changes_nothing(ranks: Ranks) -> None:
+    entry = ranks.open()
+    for wrong in (update(mode=0), update(front_endpoint="h:1")):
+        with pytest.raises(InvalidRequest):
+            ranks.table.update(entry, wrong)
+    assert ranks.changes == 1
+    assert ranks.table.report().ranks[0].rank.mode == view_pb2.RANK_MODE_EXCHANGE
+
+
+def test_a_rank_that_is_gone_changes_no_more(ranks: Ranks) -> None:
+    entry = ranks.open()
+    ranks.table.remove(entry, MeshUnavailable("gone"))
+    ranks.table.update(entry, update())
+    assert ranks.changes == 2
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         ({"mode": 0}, "mode is 0"),
         ({"incarnation": 0}, "incarnation is 0"),
         ({"device": "d" * 300}, "device has 300"),
-        ({"link_endpoint": "ipc:///tmp/x"}, "must be tcp://"),
+        ({"link_endpoint": "ipc:///tmp/x"}, "link endpoint is 'ipc:///tmp/x'; it must be tcp://"),
+        ({"front_endpoint": "ipc:///tmp/x"}, "front endpoint is 'ipc:///tmp/x'; it must be tcp://"),
+        ({"front_endpoint": "tcp://" + "h" * 300}, "front endpoint has 306"),
     ],
     ids=str,
 )

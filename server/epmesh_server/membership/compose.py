@@ -105,7 +105,8 @@ def compose(
 def _admitted(base: View, ranks: Mapping[int, RankDeclaration]) -> dict[int, RankDeclaration]:
     """Without the newcomers that still wait for others.
 
-    They would only stand in the others' way: a rank whose ``join`` has not returned answers no call.
+    They would only stand in the others' way: a rank whose ``join`` has not returned answers no call. Ranks that serve
+    wait for nobody: each answers for the experts it holds.
     """
     admitted = dict(ranks)
     while True:

@@ -266,7 +266,8 @@ class Membership:
         if known is not None:
             self._agreement.remove(known)  # nothing where `known` was a guess
         try:
-            self._check_rank(node, rank)
+            if known is None or known.key != rank.key:  # a process is not judged again for what it declared once
+                self._check_rank(node, rank)
         except InvalidRequest as error:
             self._refuse(node, rank.key, error)
             return

@@ -111,7 +111,7 @@ class Wishes:
             case DestroyGroup():
                 self.groups.pop(event.name, None)
             case SetPlacement():
-                self.placements[event.layer] = event.placement
+                self.placements[event.layer] = _beside_serving(event.placement, self.placements.get(event.layer), lookup)
 
     def _create(self, event: CreateGroup, lookup: RankLookup, epoch: int) -> None:
         known = self.groups.get(event.name)
@@ -137,6 +137,19 @@ class Wishes:
                     f"group {event.name!r}: rank {rank} is in {count} groups, and no more fit in its control page; "
                     f"destroy one first"
                 )
+
+
+def _beside_serving(wanted: Placement, known: Placement | None, lookup: RankLookup) -> Placement:
+    """`wanted`, which the ranks that exchange agreed on, and what ranks that serve hold: they were not asked."""
+    if known is None or known.num_experts != wanted.num_experts:
+        return wanted
+    serving = {rank: held for rank, held in known.experts_of.items() if rank not in wanted.experts_of}
+    serving = {rank: held for rank, held in serving.items() if _serves(lookup(rank))}
+    return Placement(wanted.num_experts, {**serving, **wanted.experts_of}) if serving else wanted
+
+
+def _serves(declared: RankDeclaration | None) -> bool:
+    return declared is not None and declared.info.mode is RankMode.SERVE
 
 
 def check_operation(event: OperationEvent, lookup: RankLookup) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Set
 
 from epmesh.placement import Placement, linear_placement
 from epmesh.view import RankMode
@@ -20,7 +20,8 @@ def compose_placements(
     """The placements after `newcomers` joined.
 
     What a rank declared stays after its death and is replaced when the rank declares again. A layer none of whose
-    holders survived is begun anew by the first who declares it. The linear default is frozen over all ranks at once.
+    holders survived is begun anew by the first who declares it. The linear default is frozen over all ranks at once:
+    over those that exchange and over those that serve, each for itself, since no row goes from one to the other.
 
     Args:
         base: the committed placements.
@@ -29,7 +30,8 @@ def compose_placements(
         survivors: those whose process is in the last committed view.
     """
     placements = dict(base)
-    declared = _by_layer(newcomers)
+    came = list(newcomers)
+    declared = _by_layer(came)
     for layer in declared:
         if layer in placements and survivors.isdisjoint(placements[layer].experts_of):
             del placements[layer]
@@ -37,9 +39,10 @@ def compose_placements(
         explicit = {rank: entry for rank, entry in declarations.items() if not entry.linear}
         if explicit:
             placements[layer] = _merged(placements.get(layer), explicit)
-    for layer, declarations in _by_layer(ranks.values()).items():
-        if layer not in placements:
-            frozen = _frozen_linear(declarations, ranks)
+    for mode in RankMode:
+        peers = {rank: known for rank, known in ranks.items() if known.info.mode is mode}
+        for layer in _by_layer(known for known in came if known.info.mode is mode):
+            frozen = _with_linear(placements.get(layer), _by_layer(peers.values())[layer], peers)
             if frozen is not None:
                 placements[layer] = frozen
     return placements
@@ -63,12 +66,20 @@ def _merged(known: Placement | None, explicit: Mapping[int, ExpertDeclaration]) 
     return Placement(num_experts, entries)
 
 
-def _frozen_linear(
-    declarations: Mapping[int, ExpertDeclaration], ranks: Mapping[int, RankDeclaration]
+def _with_linear(
+    known: Placement | None, declarations: Mapping[int, ExpertDeclaration], peers: Mapping[int, RankDeclaration]
 ) -> Placement | None:
-    """The linear default, if somebody declared it and as many ranks as they wait for are there."""
-    exchange: Sequence[int] = [rank for rank, known in ranks.items() if known.info.mode is RankMode.EXCHANGE]
+    """`known` with the linear default over `peers`, the living ranks of one mode (ascending).
+
+    `None` where nobody declared it, where fewer are there than all of them wait for, or where one of the peers holds
+    experts already: then it was frozen before, or somebody said explicitly who holds what.
+    """
     linear = [rank for rank, entry in declarations.items() if entry.linear]
-    if not linear or not exchange or min(ranks[rank].world_size for rank in linear) > len(exchange):
+    if not linear or min(peers[rank].world_size for rank in linear) > len(peers):
         return None
-    return linear_placement(declarations[linear[0]].num_experts, exchange)
+    frozen = linear_placement(declarations[linear[0]].num_experts, list(peers))
+    if known is None:
+        return frozen
+    if known.num_experts != frozen.num_experts or not peers.keys().isdisjoint(known.experts_of):
+        return None
+    return Placement(known.num_experts, {**known.experts_of, **frozen.experts_of})

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import zmq.asyncio
 
-from epmesh.errors import EpmeshError, MeshUnavailable, StaleEpoch
+from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, StaleEpoch
 from epmesh.v1 import rank_service_pb2
 from epmesh_server.node.follower import EpochFollower
 from epmesh_server.node.liveness import LivenessSettings, watch_process
@@ -70,6 +70,13 @@ class RankHosting:
             failure.reporter = entry.rank
         entry.failures = tuple(report.failures)
         self.on_links()
+
+    def update(self, entry: LocalRank, request: rank_service_pb2.UpdateRank) -> None:
+        """The rank has another mode or front endpoint; one that no view could show ends its session."""
+        try:
+            self._table.update(entry, request)
+        except InvalidRequest as exc:
+            self._remove(entry, exc)
 
     def left(self, entry: LocalRank) -> None:
         """The rank left in good order: its neighbours hear of it with the next view."""

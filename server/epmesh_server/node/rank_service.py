@@ -34,6 +34,9 @@ class RankHost(Protocol):
     def unreachable(self, entry: LocalRank, report: wire.UnreachablePeers) -> None:
         """The rank's links cannot reach these peers."""
 
+    def update(self, entry: LocalRank, request: wire.UpdateRank) -> None:
+        """The rank has another mode or front endpoint."""
+
     def left(self, entry: LocalRank) -> None:
         """The rank left in good order."""
 
@@ -130,6 +133,8 @@ async def _read(host: RankHost, entry: LocalRank, requests: AsyncIterator[wire.R
         report = request.WhichOneof("report")
         if report == "unreachable":
             host.unreachable(entry, request.unreachable)
+        elif report == "update":
+            host.update(entry, request.update)
         elif report == "close":
             host.left(entry)
             return

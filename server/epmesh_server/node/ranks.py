@@ -83,7 +83,7 @@ class RankTable:
     """All living ranks of the node. Used on the event loop only.
 
     Attributes:
-        on_change: called after the set of ranks changed.
+        on_change: called after the set of ranks, or what they declare, changed.
     """
 
     def __init__(self) -> None:
@@ -112,6 +112,20 @@ class RankTable:
         entry = self._by_local[local_rank] = LocalRank(local_rank, request.pid, declaration)
         self.on_change()
         return entry
+
+    def update(self, entry: LocalRank, request: rank_service_pb2.UpdateRank) -> None:
+        """Gives a living rank another mode and front endpoint.
+
+        Raises:
+            InvalidRequest: no view could show them; nothing was changed.
+        """
+        rank = view_pb2.Rank()
+        rank.CopyFrom(entry.declaration.rank)
+        rank.mode, rank.front_endpoint = request.mode, request.front_endpoint
+        _check_rank(rank)
+        if entry.error is None and rank != entry.declaration.rank:
+            entry.declaration.rank.CopyFrom(rank)
+            self.on_change()
 
     def remove(self, entry: LocalRank, error: EpmeshError) -> bool:
         """Ends a rank and frees its number; says whether it was there. The page is closed before anything else."""
@@ -176,20 +190,25 @@ def check_declaration(declaration: membership_service_pb2.RankDeclaration) -> No
     Raises:
         InvalidRequest: names the value.
     """
-    rank = declaration.rank
-    if rank.mode not in (view_pb2.RANK_MODE_EXCHANGE, view_pb2.RANK_MODE_SERVE):
-        raise InvalidRequest(f"rank mode is {rank.mode}; it must be EXCHANGE or SERVE")
-    if rank.incarnation == 0:
-        raise InvalidRequest("rank incarnation is 0; draw one at random")
-    for name, text in (("device", rank.device), ("link endpoint", rank.link_endpoint)):
-        if len(text) > _MAX_TEXT_CHARS:
-            raise InvalidRequest(f"{name} has {len(text)} characters; at most {_MAX_TEXT_CHARS} are taken")
-    if rank.link_endpoint and not rank.link_endpoint.startswith("tcp://"):
-        raise InvalidRequest(f"link endpoint is {rank.link_endpoint!r}; it must be tcp://host:port")
+    _check_rank(declaration.rank)
     timeout_s = declaration.exchange_timeout_s
     if not (math.isfinite(timeout_s) and timeout_s >= 0):
         raise InvalidRequest(f"exchange_timeout_s is {timeout_s}; it must be a positive number of seconds")
     _check_experts(declaration.experts)
+
+
+def _check_rank(rank: view_pb2.Rank) -> None:
+    if rank.mode not in (view_pb2.RANK_MODE_EXCHANGE, view_pb2.RANK_MODE_SERVE):
+        raise InvalidRequest(f"rank mode is {rank.mode}; it must be EXCHANGE or SERVE")
+    if rank.incarnation == 0:
+        raise InvalidRequest("rank incarnation is 0; draw one at random")
+    endpoints = (("link endpoint", rank.link_endpoint), ("front endpoint", rank.front_endpoint))
+    for name, text in (("device", rank.device), *endpoints):
+        if len(text) > _MAX_TEXT_CHARS:
+            raise InvalidRequest(f"{name} has {len(text)} characters; at most {_MAX_TEXT_CHARS} are taken")
+    for name, text in endpoints:
+        if text and not text.startswith("tcp://"):
+            raise InvalidRequest(f"{name} is {text!r}; it must be tcp://host:port")
 
 
 def _check_experts(experts: Iterable[membership_service_pb2.ExpertDeclaration]) -> None:

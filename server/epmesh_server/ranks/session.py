@@ -22,7 +22,7 @@ from epmesh.channels import open_channel
 from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, Unauthenticated
 from epmesh.v1 import membership_service_pb2, rank_service_pb2, rank_service_pb2_grpc
 from epmesh.version import VERSION, check_compatible
-from epmesh.view import View
+from epmesh.view import RankMode, View
 from epmesh_server.shared_memory import ControlPage
 
 _log = logging.getLogger(__name__)
@@ -155,6 +155,14 @@ class RankSession:
                     membership_service_pb2.LinkFailure(target=rank, target_incarnation=known[rank].incarnation)
                 )
         self._requests.put(rank_service_pb2.RankSessionRequest(unreachable=report))
+
+    def update_rank(self, mode: RankMode, front_endpoint: str) -> None:
+        """Has later views show this rank in `mode`, with `front_endpoint`; returns at once.
+
+        A view with another mode is one of another membership: whoever calls this waits for it with `wait_view`.
+        """
+        update = rank_service_pb2.UpdateRank(mode=mode.value, front_endpoint=front_endpoint)
+        self._requests.put(rank_service_pb2.RankSessionRequest(update=update))
 
     def group_buffers(
         self, group_id: int, membership_epoch: int
