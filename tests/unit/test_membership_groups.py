@@ -300,9 +300,7 @@ def test_ranks_that_serve_do_not_count_for_the_linear_default() -> None:
 
 
 def serving(number: int, incarnation: int = 1, world_size: int = 2, num_experts: int = 4) -> RankDeclaration:
-    return rank(
-        number, incarnation, mode=RankMode.SERVE, world_size=world_size, experts=[linear(num_experts)]
-    )
+    return rank(number, incarnation, mode=RankMode.SERVE, world_size=world_size, experts=[linear(num_experts)])
 
 
 def test_ranks_that_serve_share_the_linear_default_among_themselves() -> None:

@@ -90,8 +90,10 @@ def test_ends_wake_the_rank_and_a_full_counter_does_not_block(ranks: Ranks) -> N
     assert os.eventfd_read(entry.wake_fd) == 2**64 - 2
 
 
-def update(mode: int = view_pb2.RANK_MODE_SERVE, front_endpoint: str = "tcp://h:1") -> rank_service_pb2.UpdateRank:
-    return rank_service_pb2.UpdateRank(mode=view_pb2.RankMode.ValueType(mode), front_endpoint=front_endpoint)
+def update(
+    mode: view_pb2.RankMode = view_pb2.RANK_MODE_SERVE, front_endpoint: str = "tcp://h:1"
+) -> rank_service_pb2.UpdateRank:
+    return rank_service_pb2.UpdateRank(mode=mode, front_endpoint=front_endpoint)
 
 
 def test_a_changed_rank_is_reported_once(ranks: Ranks) -> None:
@@ -106,7 +108,7 @@ def test_a_changed_rank_is_reported_once(ranks: Ranks) -> None:
 
 def test_a_change_that_no_view_could_show_changes_nothing(ranks: Ranks) -> None:
     entry = ranks.open()
-    for wrong in (update(mode=0), update(front_endpoint="h:1")):
+    for wrong in (update(mode=view_pb2.RANK_MODE_UNSPECIFIED), update(front_endpoint="h:1")):
         with pytest.raises(InvalidRequest):
             ranks.table.update(entry, wrong)
     assert ranks.changes == 1

@@ -111,7 +111,9 @@ class Wishes:
             case DestroyGroup():
                 self.groups.pop(event.name, None)
             case SetPlacement():
-                self.placements[event.layer] = _beside_serving(event.placement, self.placements.get(event.layer), lookup)
+                self.placements[event.layer] = _beside_serving(
+                    event.placement, self.placements.get(event.layer), lookup
+                )
 
     def _create(self, event: CreateGroup, lookup: RankLookup, epoch: int) -> None:
         known = self.groups.get(event.name)

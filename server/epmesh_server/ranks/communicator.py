@@ -16,7 +16,7 @@ from epmesh.communicator import Communicator, Handle
 from epmesh.errors import InvalidRequest, MeshUnavailable, NotReady
 from epmesh.layout import Layout, Reach, Routing, broadcast_layout, make_reach, make_routing, routed_layout
 from epmesh.placement import Placement, linear_placement
-from epmesh.view import View
+from epmesh.view import RankMode, View
 from epmesh_server.ranks import arguments as args
 from epmesh_server.ranks.calls import describe
 from epmesh_server.ranks.collectives import Collectives
@@ -72,12 +72,13 @@ class JoinedCommunicator(Communicator):
     @property
     def cpu_group(self) -> Any:
         """Gloo group of this node's members; formed when first asked for, by all of them."""
+        self._check_mode()
         return self._collectives.process_group()
 
     @property
     def device_group(self) -> Any:
         """The device's group of this node's members; on CPU the same as `cpu_group`."""
-        return self._collectives.process_group()
+        return self.cpu_group
 
     @property
     def stats(self) -> ExchangeStats:
@@ -110,10 +111,8 @@ class JoinedCommunicator(Communicator):
             return joined if isinstance(input_, list) else joined[0]
 
     def reduce_scatter(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        if self.world_size == 1:
-            return input_
         with self._turn():
-            return self._reduce_scatter("reduce_scatter", input_, dim, None)
+            return input_ if self.world_size == 1 else self._reduce_scatter("reduce_scatter", input_, dim, None)
 
     def reduce_scatterv(self, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None) -> torch.Tensor:
         with self._turn():
@@ -333,7 +332,7 @@ class JoinedCommunicator(Communicator):
         return self._member.view
 
     def wait_ready(self, timeout_s: float | None = None) -> tuple[View, int]:
-        with self._turn():
+        with self._turn(collective=False):
             view = self._await_view(self._rank_process.timeout_s if timeout_s is None else timeout_s)
             group = view.group(self.unique_name)
             if self.global_rank not in group.ranks:
@@ -367,7 +366,7 @@ class JoinedCommunicator(Communicator):
             session.wait_change(min(left, _READY_POLL_S))
 
     def check(self) -> None:
-        with self._turn():
+        with self._turn(collective=False):
             self._member.poll_links()
             self._member.check(0)
 
@@ -439,16 +438,25 @@ class JoinedCommunicator(Communicator):
     # Shared ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Keeps second threads out, and calls after the end."""
+    def _turn(self, *, collective: bool = True) -> Iterator[None]:
+        """Keeps second threads out, calls after the end, and collective calls of a rank that serves."""
         if self._destroyed:
             raise InvalidRequest(f"the communicator of group {self.unique_name!r} was destroyed")
+        if collective:
+            self._check_mode()
         if not self._busy.acquire(blocking=False):
             raise InvalidRequest(f"another thread is inside group {self.unique_name!r}; one at a time may be")
         try:
             yield
         finally:
             self._busy.release()
+
+    def _check_mode(self) -> None:
+        if self._rank_process.mode is RankMode.SERVE:
+            raise InvalidRequest(
+                f"rank {self.global_rank} serves routers and takes part in no collective call; for that, join in mode "
+                f"'exchange', or end serve() first"
+            )
 
     def _checked(self, method: str, check: Callable[[], _T]) -> _T:
         """Runs a check of this rank's arguments; a refusal is published, so that all ranks raise it."""
@@ -495,6 +503,8 @@ def new_communicator(rank: RankProcess, name: str, view: View) -> JoinedCommunic
         NotReady: a tensor-parallel group lacks members.
     """
     group = view.group(name)
+    if rank.mode is RankMode.SERVE and name != rank.home:
+        raise InvalidRequest(f"rank {rank.session.rank} serves routers and is in no group but {rank.home!r}")
     if rank.session.rank not in group.ranks:
         raise InvalidRequest(f"rank {rank.session.rank} is not in group {name!r}, which has {list(group.ranks)}")
     if name.startswith("tp:") and not group.complete:

@@ -7,6 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
@@ -22,9 +23,82 @@ from epmesh_server.ranks.session import RankSession, describe_node
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RankOptions:
+    """What a process says when it becomes a rank; the arguments of `join`, checked."""
+
+    address: str
+    mode: RankMode = RankMode.EXCHANGE
+    world_size: int = 1
+    local_rank: int | None = None
+    device: str = "cpu"
+    num_experts: int | None = None
+    experts: tuple[int, ...] | None = None
+    layer: int | None = None
+    tensor_parallel_size: int = 1
+    max_tokens_per_rank: int | None = None
+    exchange_timeout_s: float = 30.0
+    timeout_s: float = 60.0
+    load: Load | None = None
+
+    def __post_init__(self) -> None:
+        split_address(self.address, "the node service's address")
+        if self.world_size < 1:
+            raise InvalidRequest(f"world_size is {self.world_size}; it must be 1 or more")
+        if _device_type(self.device) != "cpu":
+            raise InvalidRequest(f"device {self.device}: this version exchanges CPU tensors only; use device='cpu'")
+        if self.tensor_parallel_size < 1:
+            raise InvalidRequest(f"tensor_parallel_size is {self.tensor_parallel_size}; it must be 1 or more")
+        limits = self.exchange_timeout_s, self.timeout_s
+        if min(limits) <= 0:
+            raise InvalidRequest(f"exchange_timeout_s={limits[0]}, timeout_s={limits[1]}; both must be above 0")
+        if self.experts is not None and self.num_experts is None:
+            raise InvalidRequest("experts were given without num_experts")
+        if self.num_experts is not None and self.num_experts < 1:
+            raise InvalidRequest(f"num_experts is {self.num_experts}; it must be 1 or more")
+
+    def declaration(
+        self, incarnation: int, link_endpoint: str, front_endpoint: str
+    ) -> membership_service_pb2.RankDeclaration:
+        """What the node service and the coordinator hear of the rank."""
+        rank = view_pb2.Rank(
+            incarnation=incarnation,
+            device=self.device,
+            mode=self.mode.value,
+            link_endpoint=link_endpoint,
+            front_endpoint=front_endpoint,
+        )
+        declaration = membership_service_pb2.RankDeclaration(
+            rank=rank,
+            world_size=self.world_size,
+            tensor_parallel_size=self.tensor_parallel_size,
+            exchange_timeout_s=self.exchange_timeout_s,
+        )
+        if self.num_experts is not None:
+            declaration.experts.add(
+                layer=self.layer,
+                num_experts=self.num_experts,
+                experts=sorted(set(self.experts or ())),
+                linear=self.experts is None,
+            )
+        return declaration
+
+    def satisfied_by(self, view: View, rank: int) -> bool:
+        """Whether `view`, which has global rank `rank`, is one in which it can begin.
+
+        A rank that serves needs the others only for the linear default: once it has experts, it can answer.
+        """
+        if self.mode is RankMode.EXCHANGE:
+            return len(view.group("ep").ranks) >= self.world_size
+        placement = view.placement(self.layer)
+        serving = sum(info.mode is RankMode.SERVE for info in view.ranks.values())
+        return serving >= self.world_size or (placement is not None and rank in placement.experts_of)
+
+
 def join(
     address: str,
     *,
+    mode: RankMode | str = RankMode.EXCHANGE,
     world_size: int = 1,
     local_rank: int | None = None,
     device: str | torch.device = "cpu",
@@ -43,7 +117,8 @@ def join(
 
     Args:
         address: host:port of this host's node service.
-        world_size: ranks to wait for; the linear default placement is computed over them.
+        mode: ``exchange``, or ``serve`` for a rank that answers routers from the start (see ``serve()``).
+        world_size: ranks in the same mode to wait for; the linear default placement is computed over them.
         local_rank: index on the node; default the lowest free one.
         device: where tensors live; ``cpu``.
         num_experts: logical experts of the model; `None`: every row goes to every rank.
@@ -56,16 +131,35 @@ def join(
         load: ``load(added, removed)`` is called with expert ids when a placement changes what this rank holds.
 
     Returns:
-        The communicator of the group ``ep``.
+        The communicator of the group ``ep``. Ranks that serve are not in it: they get that of ``world``, in which they
+        may serve, see the view and wait for later ones, but make no collective call.
 
     Raises:
         MeshUnavailable: the node service or its coordinator did not answer, or too few ranks came, in time.
         InvalidRequest: an argument is wrong, or the local rank is taken.
     """
-    split_address(address, "the node service's address")
-    _check(world_size, device, num_experts, experts, tensor_parallel_size, exchange_timeout_s, timeout_s)
-    deadline = time.monotonic() + timeout_s
-    node = describe_node(address, timeout_s)
+    options = RankOptions(
+        address=address,
+        mode=_mode(mode),
+        world_size=world_size,
+        local_rank=local_rank,
+        device=str(device),
+        num_experts=num_experts,
+        experts=None if experts is None else tuple(experts),
+        layer=layer,
+        tensor_parallel_size=tensor_parallel_size,
+        max_tokens_per_rank=max_tokens_per_rank,
+        exchange_timeout_s=exchange_timeout_s,
+        timeout_s=timeout_s,
+        load=load,
+    )
+    return become_rank(options)
+
+
+def become_rank(options: RankOptions, front_endpoint: str = "") -> JoinedCommunicator:
+    """What `join` does; `front_endpoint` is where the rank takes FrontRequest messages already."""
+    deadline = time.monotonic() + options.timeout_s
+    node = describe_node(options.address, options.timeout_s)
     incarnation = secrets.randbits(63) | 1
     sessions: list[RankSession] = []
 
@@ -74,22 +168,8 @@ def join(
             session.report_unreachable(peers)
 
     hub = LinkHub(node.link_host, incarnation, report)
-    declaration = membership_service_pb2.RankDeclaration(
-        rank=view_pb2.Rank(
-            incarnation=incarnation,
-            device=str(device),
-            mode=RankMode.EXCHANGE.value,
-            link_endpoint=hub.endpoint,
-        ),
-        world_size=world_size,
-        tensor_parallel_size=tensor_parallel_size,
-        exchange_timeout_s=exchange_timeout_s,
-    )
-    if num_experts is not None:
-        declaration.experts.add(
-            layer=layer, num_experts=num_experts, experts=sorted(set(experts or ())), linear=experts is None
-        )
-    request = rank_service_pb2.OpenRank(local_rank=local_rank, pid=os.getpid(), declaration=declaration)
+    declaration = options.declaration(incarnation, hub.endpoint, front_endpoint)
+    request = rank_service_pb2.OpenRank(local_rank=options.local_rank, pid=os.getpid(), declaration=declaration)
     try:
         session = RankSession(node, request, max(0.1, deadline - time.monotonic()))
     except BaseException:
@@ -98,49 +178,46 @@ def join(
     sessions.append(session)
     hub.identify(node.mesh_id, session.rank)
     rank = RankProcess(
-        session, hub, incarnation, torch.device(device), exchange_timeout_s, timeout_s, max_tokens_per_rank, load
+        session=session,
+        hub=hub,
+        incarnation=incarnation,
+        device=torch.device(options.device),
+        exchange_timeout_s=options.exchange_timeout_s,
+        timeout_s=options.timeout_s,
+        max_tokens_per_rank=options.max_tokens_per_rank,
+        load=options.load,
+        mode=options.mode,
+        front_endpoint=front_endpoint,
     )
     try:
-        return _enter(rank, world_size, deadline)
+        return _enter(rank, options, deadline)
     except BaseException:
         rank.abandon()
         raise
 
 
-def _enter(rank: RankProcess, world_size: int, deadline: float) -> JoinedCommunicator:
+def _enter(rank: RankProcess, options: RankOptions, deadline: float) -> JoinedCommunicator:
+    number = rank.session.rank
+
     def ready(view: View) -> bool:
-        return rank.is_in(view) and len(view.group("ep").ranks) >= world_size
+        return rank.is_in(view) and options.satisfied_by(view, number)
 
-    what = f"a view with rank {rank.session.rank} and {world_size} ranks in all"
+    what = f"a view with rank {number} and {options.world_size} ranks in mode {options.mode.name.lower()}"
     view = rank.session.wait_view(ready, max(0.0, deadline - time.monotonic()), what)
-    _log.info("rank=%d epoch=%d join.complete: %d ranks", rank.session.rank, view.epoch, len(view.ranks))
-    return rank.communicator("ep")
+    _log.info("rank=%d epoch=%d join.complete: %d ranks", number, view.epoch, len(view.ranks))
+    return rank.communicator(rank.home)
 
 
-def _check(
-    world_size: int,
-    device: str | torch.device,
-    num_experts: int | None,
-    experts: Iterable[int] | None,
-    tensor_parallel_size: int,
-    exchange_timeout_s: float,
-    timeout_s: float,
-) -> None:
-    if world_size < 1:
-        raise InvalidRequest(f"world_size is {world_size}; it must be 1 or more")
-    if _device_type(device) != "cpu":
-        raise InvalidRequest(f"device {device}: this version exchanges CPU tensors only; use device='cpu'")
-    if tensor_parallel_size < 1:
-        raise InvalidRequest(f"tensor_parallel_size is {tensor_parallel_size}; it must be 1 or more")
-    if exchange_timeout_s <= 0 or timeout_s <= 0:
-        raise InvalidRequest(f"exchange_timeout_s={exchange_timeout_s}, timeout_s={timeout_s}; both must be above 0")
-    if experts is not None and num_experts is None:
-        raise InvalidRequest("experts were given without num_experts")
-    if num_experts is not None and num_experts < 1:
-        raise InvalidRequest(f"num_experts is {num_experts}; it must be 1 or more")
+def _mode(mode: RankMode | str) -> RankMode:
+    if isinstance(mode, RankMode):
+        return mode
+    try:
+        return RankMode[mode.upper()]
+    except KeyError:
+        raise InvalidRequest(f"mode is {mode!r}; it must be 'exchange' or 'serve'") from None
 
 
-def _device_type(device: str | torch.device) -> str:
+def _device_type(device: str) -> str:
     try:
         return torch.device(device).type
     except RuntimeError as exc:

@@ -14,7 +14,7 @@ import torch
 from epmesh import errors
 from epmesh.placement import Placement
 from epmesh.v1 import group_service_pb2, group_service_pb2_grpc
-from epmesh.view import View
+from epmesh.view import RankMode, View
 from epmesh_server.ranks.communicator import JoinedCommunicator, new_communicator
 from epmesh_server.ranks.links import LinkHub
 from epmesh_server.ranks.session import RankSession
@@ -24,7 +24,13 @@ Load = Callable[[tuple[int, ...], tuple[int, ...]], None]
 
 @dataclass
 class RankProcess:
-    """What all communicators of one rank share."""
+    """What all communicators of one rank share.
+
+    Attributes:
+        mode: what the rank is there for; views show it with a commit's delay.
+        front_endpoint: where it takes FrontRequest messages; empty: nowhere.
+        home: the group whose communicator ``join`` gave out; with it the rank leaves the mesh.
+    """
 
     session: RankSession
     hub: LinkHub
@@ -34,8 +40,30 @@ class RankProcess:
     timeout_s: float
     max_tokens_per_rank: int | None
     load: Load | None
+    mode: RankMode = RankMode.EXCHANGE
+    front_endpoint: str = ""
+    home: str = field(init=False)
     _communicators: dict[str, JoinedCommunicator] = field(default_factory=dict)  # guarded by _lock
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.home = "ep" if self.mode is RankMode.EXCHANGE else "world"
+
+    def become(self, mode: RankMode, front_endpoint: str) -> View:
+        """Changes mode and front endpoint; returns in the first view that shows both.
+
+        Raises:
+            MeshUnavailable: there was none within `timeout_s`.
+        """
+
+        def shown(view: View) -> bool:
+            info = view.ranks.get(self.session.rank) if self.is_in(view) else None
+            return info is not None and (info.mode, info.front_endpoint) == (mode, front_endpoint)
+
+        self.mode, self.front_endpoint = mode, front_endpoint
+        self.session.update_rank(mode, front_endpoint)
+        what = f"a view with rank {self.session.rank} in mode {mode.name.lower()}"
+        return self.session.wait_view(shown, self.timeout_s, what)
 
     def is_in(self, view: View) -> bool:
         """Whether `view` has this rank, in this incarnation."""
@@ -53,13 +81,13 @@ class RankProcess:
             return found
 
     def left(self, name: str) -> None:
-        """A communicator was destroyed; with that of `ep` the rank leaves the mesh."""
+        """A communicator was destroyed; with that of `home` the rank leaves the mesh."""
         with self._lock:
             self._communicators.pop(name, None)
-            rest = list(self._communicators.values()) if name == "ep" else []
+            rest = list(self._communicators.values()) if name == self.home else []
         for communicator in rest:
             communicator.destroy()
-        if name == "ep":
+        if name == self.home:
             self.session.close()  # first: peers need the links until a view is without this rank
             self.hub.close()
 

@@ -26,7 +26,7 @@ class Join:
 
 @dataclass(frozen=True)
 class GetReady:
-    """A rank shall adopt a view whose living ranks are exactly `ranks`, not older than `membership_epoch`."""
+    """A rank shall adopt a view in whose group ``ep`` are exactly `ranks`, not older than `membership_epoch`."""
 
     ranks: frozenset[int]
     membership_epoch: int

@@ -95,10 +95,10 @@ class RankRunner:
         patient_until = min(deadline, time.monotonic() + _PATIENCE_S)
         while True:
             view = self._adopt(message, deadline)
-            if set(view.ranks) == message.ranks and view.membership_epoch >= message.membership_epoch:
+            if set(view.group("ep").ranks) == message.ranks and view.membership_epoch >= message.membership_epoch:
                 return Ready(view.membership_epoch)
             if time.monotonic() >= patient_until:
-                return NotYet(f"epoch {view.epoch} with ranks {sorted(view.ranks)}")
+                return NotYet(f"epoch {view.epoch} with ranks {list(view.group('ep').ranks)}")
             time.sleep(_POLL_S)
 
     def _adopt(self, message: GetReady, deadline: float) -> View:
