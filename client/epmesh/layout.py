@@ -70,6 +70,19 @@ class Topology:
         return members[self.members[self.slots[position]].index(position) % len(members)]
 
     @cached_property
+    def awaited(self) -> dict[int, tuple[int, ...]]:
+        """For each member on this rank's node, whose rows others on the node put where it finds them: all but its own,
+        and those that it takes in itself because it is on their rail."""
+        return {
+            owner: tuple(
+                source
+                for source in range(self.world_size)
+                if source != owner and (self.slots[source] == self.slot or self.rail(source, self.slot) != owner)
+            )
+            for owner in self.local
+        }
+
+    @cached_property
     def relayed(self) -> tuple[int, ...]:
         """Positions on other nodes whose rail on this node is this rank, ascending."""
         return tuple(p for p, slot in enumerate(self.slots) if slot != self.slot and self.rail(p, self.slot) == self.me)

@@ -50,7 +50,8 @@ def make_pair() -> tuple[GroupBuffers, GroupBuffers]:
     memfd = os.memfd_create("test", os.MFD_CLOEXEC)
     os.ftruncate(memfd, 2 * layout.section_bytes)
     wakes = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
-    made = [GroupBuffers(layout, (0, 2), me, [os.dup(memfd), *map(os.dup, wakes)]) for me in (0, 2)]
+    awaited = {0: (1, 2), 2: (0,)}  # source 1 is on another node, on the rail of position 2
+    made = [GroupBuffers(layout, awaited, me, [os.dup(memfd), *map(os.dup, wakes)]) for me in (0, 2)]
     for fd in (memfd, *wakes):
         os.close(fd)
     return made[0], made[1]
@@ -92,6 +93,23 @@ def test_combine_inputs_are_flagged_by_slot() -> None:
         second.publish_out(1, 9)
         assert first.out_flags(1).tolist() == [0, 9]
         assert first.out_flags(0).tolist() == [0, 0]
+    finally:
+        first.close()
+        second.close()
+
+
+def test_only_the_last_flag_wakes_who_waits_for_all() -> None:
+    first, second = make_pair()
+    try:
+        second.publish_recv(0, 4, 2, 40)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(first.wake_fd)
+        second.publish_recv(0, 4, 1, 40)
+        assert os.eventfd_read(first.wake_fd) == 1
+        first.publish_out(0, 9)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(second.wake_fd)
+        second.publish_out(0, 9)
         assert os.eventfd_read(first.wake_fd) == 1
     finally:
         first.close()

@@ -102,6 +102,13 @@ def test_rails_pair_every_member_with_one_rank_of_every_node(topology: Topology)
                 assert topology.rail(rail, slot) == position
 
 
+@given(topologies())
+def test_a_member_gets_every_row_itself_or_by_a_neighbour_and_none_twice(topology: Topology) -> None:
+    for owner, sources in topology.awaited.items():
+        relayed = Topology(topology.ranks, topology.slots, owner).relayed
+        assert sorted([owner, *sources, *relayed]) == list(range(topology.world_size))
+
+
 def test_replicas_prefer_the_same_rank_then_the_same_node_then_take_turns() -> None:
     placement = Placement(1, {0: (0,), 1: (0,), 8: (0,), 9: (0,)})
     ids = np.zeros((8, 1), np.int64)

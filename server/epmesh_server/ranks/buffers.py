@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -87,20 +88,26 @@ class Region:
 class GroupBuffers:
     """The mapped sections of a group's local members. The mapping lives as long as somebody refers to its memory.
 
+    Who publishes a flag wakes its reader only if no other flag is missing: the last one wakes. A full barrier between
+    storing one's own flag and looking at the others' makes sure that one of two that publish at once sees both.
+
     Attributes:
         memory: all sections, as bytes.
     """
 
-    def __init__(self, layout: BufferLayout, local: Sequence[int], me: int, fds: Sequence[int]) -> None:
+    def __init__(self, layout: BufferLayout, awaited: Mapping[int, Sequence[int]], me: int, fds: Sequence[int]) -> None:
         """Maps the sections; takes over `fds`.
 
         Args:
-            local: positions of the local members, ascending.
+            awaited: for each local member, ascending by position, the sources whose rows reach it through its section.
             me: this rank's position.
             fds: the memfd, then one eventfd for every local member.
         """
+        local = list(awaited)
         self.layout = layout
         self.me = me
+        self._awaited = {owner: np.array(sources, np.intp) for owner, sources in awaited.items()}
+        self._barrier_lock = threading.Lock()
         size = layout.section_bytes
         self.memory: Bytes = np.frombuffer(mmap.mmap(fds[0], len(local) * size), np.uint8)
         os.close(fds[0])
@@ -128,16 +135,23 @@ class GroupBuffers:
         return self._region(owner, self.layout.TURNS * self.layout.world_size + slot)
 
     def publish_recv(self, owner: int, sequence: int, source: int, flag: int) -> None:
-        """Makes a region visible and wakes its owner; all of it was written, and made visible by a barrier, before."""
-        self._flags[self._index[owner], sequence % self.layout.TURNS * self.layout.world_size + source] = flag
-        self.wake(owner)
+        """Makes a region visible; all of it was written, and made visible by a barrier, before."""
+        first = sequence % self.layout.TURNS * self.layout.world_size
+        flags = self._flags[self._index[owner], first : first + self.layout.world_size]
+        flags[source] = flag
+        self._barrier()
+        if (flags[self._awaited[owner]] == np.uint64(flag)).all():
+            self.wake(owner)
 
     def publish_out(self, slot: int, flag: int) -> None:
-        """Makes this rank's combine input visible and wakes its neighbours; a barrier came before."""
-        self._flags[self._index[self.me], self.layout.TURNS * self.layout.world_size + slot] = flag
-        for position in self._wake:
-            if position != self.me:
-                self.wake(position)
+        """Makes this rank's combine input visible; a barrier came before."""
+        flags = self.out_flags(slot)
+        flags[self._index[self.me]] = flag
+        self._barrier()
+        if (flags == np.uint64(flag)).all():
+            for position in self._wake:
+                if position != self.me:
+                    self.wake(position)
 
     def recv_flags(self, sequence: int) -> Words:
         """The flags of this rank's regions for an exchange, by source; they change under the reader."""
@@ -167,6 +181,11 @@ class GroupBuffers:
         self._regions = {}
         self.memory = np.empty(0, np.uint8)
         self._flags = np.empty((0, 0), np.uint64)
+
+    def _barrier(self) -> None:
+        """Full memory barrier (an atomic read-modify-write on a lock)."""
+        with self._barrier_lock:
+            pass
 
     def _region(self, owner: int, number: int) -> Region:
         region = self._regions.get((owner, number))

@@ -141,12 +141,16 @@ class DispatchStage:
 
     def assemble(self) -> list[torch.Tensor]:
         """Copies all received rows, by source rank, then source row, into new tensors."""
-        pieces = [self._rows_from(position) for position in range(self._topology.world_size)]
-        self.counts = [len(piece[0]) for piece in pieces]
-        return [
-            _concatenate(tensor, sum(self.counts), [piece[index] for piece in pieces])
-            for index, tensor in enumerate(self._tensors)
-        ]
+        everybody = range(self._topology.world_size)
+        self.counts = [self._num_rows_from(position) for position in everybody]
+        made = [torch.empty((sum(self.counts), *tensor.shape[1:]), dtype=tensor.dtype) for tensor in self._tensors]
+        arrays = [as_rows(tensor) for tensor in made]
+        start = 0
+        for position, count in zip(everybody, self.counts, strict=True):
+            if count:  # a message without rows does not say how wide they are
+                self._fill(position, [array[start : start + count] for array in arrays])
+            start += count
+        return made
 
     # Sending ---------------------------------------------------------------------------------------------------
 
@@ -248,19 +252,30 @@ class DispatchStage:
             return self.passed_on[position].message.header.call
         return self._arrived[position].call
 
-    def _rows_from(self, position: int) -> list[Bytes]:
-        """The rows of one source, an array ``[n, width]`` for every tensor."""
+    def _num_rows_from(self, position: int) -> int:
         if position == self._topology.me:
-            return self._kept or self._own_rows()
+            return len(self._layout.rows_to[position]) if self._layout is not None else 0
         if position in self._arrived:
-            region = self._arrived[position]
-            return region.arrays(region.num_rows, self._widths)
-        passed = self.passed_on[position]
-        rows = passed.rows_of[self._topology.me]
-        arrays = [_take(part, rows) for part in passed.parts]
+            return self._arrived[position].num_rows
+        return len(self.passed_on[position].rows_of[self._topology.me])
+
+    def _fill(self, position: int, arrays: Sequence[Bytes]) -> None:
+        """Writes the rows of one source into `arrays`, ``[n, width]`` for every tensor."""
+        if position == self._topology.me:
+            for array, rows in zip(arrays, self._kept or self._own_rows(), strict=True):
+                array[:] = rows
+        elif position in self._arrived:
+            for array, rows in zip(arrays, self._arrived[position].arrays(len(arrays[0]), self._widths), strict=True):
+                array[:] = rows
+        else:
+            passed = self.passed_on[position]
+            self._fill_from(passed, passed.rows_of[self._topology.me], arrays)
+
+    def _fill_from(self, passed: _PassedOn, rows: Ints, arrays: Sequence[Bytes]) -> None:
+        for array, part in zip(arrays, passed.parts, strict=True):
+            _take(part, rows, into=array)
         if passed.codes is not None and self._call.method == "dispatch":
-            arrays[IDS_AT] = _relayed_ids(passed, rows, self._topology.local.index(self._topology.me))
-        return arrays
+            arrays[IDS_AT][:] = _relayed_ids(passed, rows, self._topology.local.index(self._topology.me))
 
     def _own_rows(self) -> list[Bytes]:
         assert self._layout is not None
@@ -317,13 +332,3 @@ def _unpack(message: Message) -> _PassedOn:
         arrays.append(np.frombuffer(data, np.uint8).reshape(num_rows, width))
     codes = arrays.pop() if message.header.with_targets and arrays else None
     return _PassedOn(message, arrays, codes, num_rows, {})
-
-
-def _concatenate(like: torch.Tensor, num_rows: int, pieces: Sequence[Bytes]) -> torch.Tensor:
-    """A new tensor ``[num_rows, ...]`` shaped like `like`, filled from `pieces` in order."""
-    result = torch.empty((num_rows, *like.shape[1:]), dtype=like.dtype)
-    if result.numel():
-        into = as_rows(result)
-        # A message without rows does not say how wide they are.
-        np.concatenate([piece for piece in pieces if len(piece)], axis=0, out=into)
-    return result

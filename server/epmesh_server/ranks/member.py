@@ -25,7 +25,7 @@ from epmesh_server.shared_memory import BufferLayout
 
 _log = logging.getLogger(__name__)
 
-_POLL_S = 0.25  # longest sleep between two looks at what no descriptor announces
+_POLL_S = 0.05  # longest sleep between two looks at what no descriptor announces
 _FENCE_POLL_S = 0.005
 _HEARSAY_S = 5.0  # how long another member's word for a loss is taken; the coordinator decides long before
 _COMMIT_S = 5.0  # what a commit may take besides waiting for the cut
@@ -63,7 +63,7 @@ class GroupMember:
         """The symmetric buffers of the group on this node; fetched when first needed."""
         answer, fds = self.session.group_buffers(self.group_id, self.view.membership_epoch)
         layout = BufferLayout(self.topology.world_size, answer.region_bytes)
-        buffers = GroupBuffers(layout, self.topology.local, self.topology.me, fds)
+        buffers = GroupBuffers(layout, self.topology.awaited, self.topology.me, fds)
         self.inbox.wake_fd = buffers.wake_fd
         return buffers
 
