@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,14 +17,12 @@ from epmesh.errors import EpmeshError, InvalidRequest
 from epmesh.frames import Message
 from epmesh.layout import Ints
 from epmesh.v1 import frame_pb2
-from epmesh_server.ranks.arguments import check_tensor, refusals
+from epmesh_server.ranks.arguments import refusals
 from epmesh_server.ranks.buffers import Region
 from epmesh_server.ranks.calls import Call, describe, verdict
 from epmesh_server.ranks.member import GroupMember
-from epmesh_server.ranks.tensors import accumulator, as_rows, dtype_name, from_bytes, meta_of, sum_rows
-
-if TYPE_CHECKING:
-    from epmesh_server.ranks.exchange import OpenExchange
+from epmesh_server.ranks.open_exchange import OpenExchange
+from epmesh_server.ranks.tensors import as_rows, dtype_name, from_bytes, meta_of, sum_rows
 
 _COMBINE = frame_pb2.FRAME_KIND_COMBINE
 
@@ -102,22 +99,8 @@ class CombineStage:
         return sum_rows(ordered, layout.num_tokens, self._hidden.shape[1], self._hidden.dtype)
 
     def _check(self, is_sequence_parallel: bool, output: torch.Tensor | None) -> None:
-        hidden, received = self._hidden, self._exchange.num_returned
-        for tensor in (hidden,) if output is None else (hidden, output):
-            check_tensor(tensor)
-        self._call.arguments = f"hidden={list(hidden.shape[1:])} dtype={dtype_name(hidden.dtype)}"
-        if hidden.dim() != 2 or hidden.shape[0] != received:
-            raise InvalidRequest(
-                f"hidden_states is {list(hidden.shape)}; the dispatch returned {received} rows, so it must be "
-                f"[{received}, hidden]"
-            )
-        accumulator(hidden.dtype, "combine")
-        if is_sequence_parallel != self._exchange.is_sequence_parallel and self._member.view.tensor_parallel_size > 1:
-            raise InvalidRequest(f"is_sequence_parallel={is_sequence_parallel}; the dispatch had the other value")
-        wanted = [self._exchange.layout.num_tokens, hidden.shape[1]]
-        if output is not None and (list(output.shape) != wanted or output.dtype != hidden.dtype):
-            got = f"{dtype_name(output.dtype)}{list(output.shape)}"
-            raise InvalidRequest(f"output is {got}; it must be {dtype_name(hidden.dtype)}{wanted}")
+        hidden, tensor_parallel_size = self._hidden, self._member.view.tensor_parallel_size
+        self._call.arguments = self._exchange.check_results(hidden, output, is_sequence_parallel, tensor_parallel_size)
         room = self._member.buffers.layout.out_bytes
         if (hidden.shape[0] + 1) * hidden.shape[1] * shown_dtype(hidden.dtype).itemsize > room:
             raise InvalidRequest(f"{hidden.shape[0]} rows take more than the buffer's {room} bytes; send fewer at once")

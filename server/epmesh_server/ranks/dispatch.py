@@ -16,10 +16,10 @@ from epmesh.v1 import frame_pb2
 from epmesh_server.ranks.buffers import MAX_CALL_BYTES, Bytes, Region, payload_bytes
 from epmesh_server.ranks.calls import Call, describe, verdict
 from epmesh_server.ranks.member import GroupMember
+from epmesh_server.ranks.open_exchange import IDS_AT, Relayed
 from epmesh_server.ranks.tensors import as_rows, meta_of, row_bytes
 
 _DISPATCH = frame_pb2.FRAME_KIND_DISPATCH
-IDS_AT = 2  # where `dispatch` has its ids among the row tensors
 
 
 @dataclass
@@ -151,6 +151,10 @@ class DispatchStage:
                 self._fill(position, [array[start : start + count] for array in arrays])
             start += count
         return made
+
+    def relayed(self) -> dict[int, Relayed]:
+        """By source position, what came on this rank's rail and was passed on."""
+        return {source: Relayed(passed.num_rows, passed.rows_of) for source, passed in self.passed_on.items()}
 
     # Sending ---------------------------------------------------------------------------------------------------
 

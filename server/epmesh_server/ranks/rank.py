@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +14,10 @@ from epmesh import errors
 from epmesh.placement import Placement
 from epmesh.v1 import group_service_pb2, group_service_pb2_grpc
 from epmesh.view import RankMode, View
+from epmesh_server.ranks.checked_communicator import Load
 from epmesh_server.ranks.communicator import JoinedCommunicator, new_communicator
 from epmesh_server.ranks.links import LinkHub
 from epmesh_server.ranks.session import RankSession
-
-Load = Callable[[tuple[int, ...], tuple[int, ...]], None]
 
 
 @dataclass
