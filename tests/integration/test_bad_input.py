@@ -17,8 +17,10 @@ from epmesh import EpmeshError, InvalidRequest, MeshUnavailable
 from epmesh.testing import LocalMesh
 from epmesh_server.coordinator import CoordinatorSettings
 from epmesh_server.node import NodeSettings
-from epmesh_server.testing.children import Child, Port, end_all
-from epmesh_server.testing.messages import Bound, Join, Raised, Ready
+from epmesh_server.processes.child import Child, end_all
+from epmesh_server.processes.raised import Raised
+from epmesh_server.testing.messages import Bound, Join, Ready
+from epmesh_server.testing.ports import Port
 from epmesh_server.testing.rank_runner import RankSettings, rank_main
 from epmesh_server.testing.services import coordinator_main, node_main
 from tests.integration import refusals

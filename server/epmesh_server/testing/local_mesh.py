@@ -22,10 +22,13 @@ from epmesh.v1 import discovery_service_pb2, discovery_service_pb2_grpc
 from epmesh.view import View
 from epmesh_server.coordinator import CoordinatorSettings
 from epmesh_server.node.settings import DEFAULT_BUFFER_BYTES, NodeSettings
-from epmesh_server.testing import pickling
-from epmesh_server.testing.children import HOST, Child, Port, answers, ask, end_all
-from epmesh_server.testing.entry import remove_when_owner_ends
-from epmesh_server.testing.messages import Bound, GetReady, Join, NotYet, Raised, Ready, Result, Work
+from epmesh_server.processes import pickling
+from epmesh_server.processes.child import Child, answers, ask, end_all
+from epmesh_server.processes.raised import Raised
+from epmesh_server.testing.cleaner import remove_when_owner_ends
+from epmesh_server.testing.messages import Bound, GetReady, Join, NotYet, Ready, Result, Work
+from epmesh_server.testing.ports import HOST, Port
+from epmesh_server.testing.preload import start_mesh_fork_server
 from epmesh_server.testing.rank_runner import RankSettings, rank_main
 from epmesh_server.testing.services import coordinator_main, node_main
 from epmesh_server.testing.worker import Worker
@@ -141,8 +144,9 @@ class LocalMesh:
         self._remove_folder()
 
     def _start(self) -> None:
+        start_mesh_fork_server()
         self._folder = Path(tempfile.mkdtemp(prefix="epmesh-"))
-        self._cleaner = Child("cleaner", remove_when_owner_ends, str(self._folder))
+        self._cleaner = Child("cleaner", remove_when_owner_ends, str(self._folder), survives=True)
         self._ports = [Port() for _ in range(self.nodes + 1)]
         # Ranks are forked first and joined last: they are there by the time the services listen.
         self._rank_children = {rank: self._new_rank(rank) for rank in range(len(self._rank_settings))}

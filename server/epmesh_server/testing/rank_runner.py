@@ -12,8 +12,9 @@ from typing import Any
 import epmesh
 from epmesh.errors import InvalidRequest, MeshUnavailable, StaleEpoch
 from epmesh.view import View
-from epmesh_server.testing import pickling
-from epmesh_server.testing.messages import GetReady, Join, NotYet, Raised, Ready, Result, Work
+from epmesh_server.processes import pickling
+from epmesh_server.processes.raised import Raised
+from epmesh_server.testing.messages import GetReady, Join, NotYet, Ready, Result, Work
 
 _POLL_S = 0.005
 _PATIENCE_S = 0.2

@@ -11,8 +11,9 @@ from typing import Any
 
 from epmesh_server.coordinator import CoordinatorSettings, run_coordinator
 from epmesh_server.node import NodeSettings, run_node
-from epmesh_server.testing import pickling
-from epmesh_server.testing.messages import Bound, Raised
+from epmesh_server.processes import pickling
+from epmesh_server.processes.raised import Raised
+from epmesh_server.testing.messages import Bound
 
 
 def coordinator_main(pipe: Connection[Any, Any], settings: CoordinatorSettings) -> None:

@@ -134,11 +134,12 @@ def _default_work() -> Work:
 @contextlib.contextmanager
 def _fork_server() -> Iterator[None]:
     """Has the mesh's fork server import torch while this process does; ends it unless it was there before."""
-    from epmesh_server.testing.children import start_fork_server, stop_fork_server
+    from epmesh_server.processes.fork_server import stop_fork_server
+    from epmesh_server.testing.preload import start_mesh_fork_server
 
     mine = False
     try:
-        mine = start_fork_server()
+        mine = start_mesh_fork_server()
         yield
     finally:
         if mine:

@@ -1,98 +1,43 @@
-"""Child processes of a local mesh, as the process that owns it sees them.
+"""Child processes, as the process that owns them sees them.
 
-All are forked from one fork server that has imported torch, so that a rank starts in tens of milliseconds. Messages go
-as pickled bytes over an inherited pipe, which nobody else can reach; no wire of epmesh carries a pickle.
+All are forked from one fork server. Messages go as pickled bytes over an inherited pipe, which nobody else can reach;
+no wire of epmesh carries a pickle.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
-import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from epmesh_server.testing import pickling
-from epmesh_server.testing.entry import run_child
+from epmesh_server.processes import pickling
+from epmesh_server.processes.entry import run_child
+from epmesh_server.processes.fork_server import fork_server, start_fork_server
 
-_PRELOAD = (
-    "torch",
-    "torch.distributed",
-    "numpy",
-    "zmq",
-    "grpc.aio",
-    "epmesh_server.coordinator",
-    "epmesh_server.node",
-    "epmesh_server.ranks.join",
-    "epmesh_server.testing.rank_runner",
-    "epmesh_server.testing.services",
-)
-HOST = "127.0.0.1"
 _STOPPED_STATES = frozenset("Tt")
-
-
-@functools.cache
-def _fork_server() -> ForkServerContext:
-    """The context all children come from."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOAD))
-    return context
-
-
-def start_fork_server() -> bool:
-    """Starts the fork server if there is none, without waiting for its imports; it ends with this process.
-
-    Ctrl-C reaches every process of a terminal. It is blocked in this one from its first instruction: what it means is
-    its owner's to say.
-
-    Returns:
-        Whether there was none.
-    """
-    _fork_server()
-    resource_tracker.ensure_running()  # here, because to start it unblocks the signal
-    server: Any = forkserver._forkserver
-    before = server._forkserver_pid
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    if server._forkserver_pid != before:
-        atexit.unregister(stop_fork_server)
-        atexit.register(stop_fork_server)  # left to itself it ends, too, but some time after this process
-        return True
-    return False
-
-
-def stop_fork_server() -> None:
-    """Ends the fork server, and with it whatever child is left; returns when it is gone."""
-    server: Any = forkserver._forkserver
-    if server._forkserver_pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(server._forkserver_pid, signal.SIGKILL)  # it holds nothing that wants tidying up
-        server._stop()
 
 
 class Child:
     """One child process and the pipe to it. Any thread may signal it; one thread at a time talks to it."""
 
-    def __init__(self, name: str, entry: Callable[..., None], *args: Any) -> None:
-        """Starts ``entry(pipe, *args)`` in a new process; `entry` is module-level."""
+    def __init__(self, name: str, entry: Callable[..., None], *args: Any, survives: bool = False) -> None:
+        """Starts ``entry(pipe, *args)`` in a new process; `entry` is module-level.
+
+        Args:
+            survives: whether it goes on when this process and the fork server are gone.
+        """
         self.name = name
         self.pipe: Connection[Any, Any]
         start_fork_server()
-        self.pipe, theirs = _fork_server().Pipe()
-        self._process = _fork_server().Process(target=run_child, args=(entry, theirs, *args), name=name, daemon=True)
+        self.pipe, theirs = fork_server().Pipe()
+        steps = (entry, survives, theirs, *args)
+        self._process = fork_server().Process(target=run_child, args=steps, name=name, daemon=True)
         self._process.start()
         theirs.close()
         self.paused = False
@@ -161,26 +106,6 @@ class Child:
         if self.alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
-
-
-class Port:
-    """A TCP port of loopback that stays this mesh's until it is closed, whoever listens on it comes and goes.
-
-    The socket is bound and never listens. With SO_REUSEADDR on both sides, which gRPC sets, another one may bind and
-    listen beside it; but the kernel gives the number to nobody who asks for a free one. So a service that is killed
-    finds its port free when it comes back.
-    """
-
-    def __init__(self) -> None:
-        self._socket = socket.socket()
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._socket.bind((HOST, 0))
-        self.number: int = self._socket.getsockname()[1]
-        self.address = f"{HOST}:{self.number}"
-
-    def close(self) -> None:
-        """Gives the port back."""
-        self._socket.close()
 
 
 def ask(children: Mapping[int, Child], message: object) -> dict[int, Any]:

@@ -1,4 +1,4 @@
-"""Pickles for the inherited pipes between a local mesh and its children, and for nothing else.
+"""Pickles for the inherited pipes between a process and its children, and for nothing else.
 
 Tensors go by their bytes: plain pickle does not know every dtype, and multiprocessing's pickler would pass descriptors
 that stay open for as long as the tensor lives.

@@ -1,0 +1,1 @@
+"""Child processes that are forked from a server with torch and end with their owner."""
