@@ -13,8 +13,9 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from epmesh.errors import InvalidRequest
 from epmesh.view import View
 
 if TYPE_CHECKING:
@@ -22,6 +23,16 @@ if TYPE_CHECKING:
 
     LoadExperts = Callable[[tuple[int, ...], tuple[int, ...]], None]
     """``load(added, removed)``: called when a placement changes what this rank holds."""
+
+    Experts = Callable[[int | None, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    """``experts(layer, hidden_states, topk_weights, topk_ids) -> hidden_states``: see `Communicator.serve`."""
+
+
+class Stop(Protocol):
+    """Says when to stop; such as a `threading.Event`."""
+
+    def is_set(self) -> bool:
+        """Whether to stop."""
 
 
 class Handle(abc.ABC):
@@ -287,6 +298,38 @@ class Communicator(abc.ABC):
             experts: this rank's; `None` on all ranks: the linear default over the group.
             layer: for one layer; `None` for all that have no placement of their own.
         """
+
+    def serve(
+        self,
+        experts: Experts,
+        *,
+        stop: Stop | None = None,
+        max_batch_rows: int = 4096,
+        max_wait_s: float = 0.0005,
+        max_queued_bytes: int = 1 << 30,
+        drain_s: float = 5.0,
+    ) -> None:
+        """Answers routers' rows until `stop` is set; changes to mode ``serve`` first, and back at the end.
+
+        Not collective, and collective calls meanwhile are `InvalidRequest`. Rows of several routers are computed
+        together. An exception in `experts` is what the routers of those rows hear, and the rank goes on.
+
+        Args:
+            experts: ``experts(layer, hidden_states, topk_weights, topk_ids)`` gets ``[n, hidden]`` and twice
+                ``[n, num_topk]``, on `device`, and returns ``[n, any width]``: for each row the weighted sum over this
+                rank's experts. An id of -1 is not this rank's to compute. `layer` is None where routers name none. It
+                is called by the thread that called `serve`.
+            stop: such as a `threading.Event`; None: until the membership ends.
+            max_batch_rows: most rows of one call of `experts`, unless a single request has more.
+            max_wait_s: how long rows wait for others to join them while nothing is computed.
+            max_queued_bytes: most bytes of rows that wait; beyond, routers get `Overloaded`.
+            drain_s: how long after `stop` routers that have not heard of it are answered at most.
+
+        Raises:
+            InvalidRequest: an argument is wrong, this rank serves already, or it cannot.
+            MeshUnavailable, StaleEpoch: the membership ended.
+        """
+        raise InvalidRequest(f"{type(self).__name__} cannot serve; epmesh.join gives a communicator that can")
 
     @abc.abstractmethod
     def destroy(self) -> None:

@@ -1,4 +1,4 @@
-"""Symmetric buffers of groups: memfd and eventfds made here, the same for all local ranks, new in every membership."""
+"""Memory that local ranks share, new in every membership: symmetric buffers of groups, and that of ranks that serve."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from epmesh.view import GroupInfo, View
 from epmesh_server.shared_memory import BufferLayout, sealed_memfd
 
 MAX_LOCAL_MEMBERS = 126  # what a dispatch's target codes can tell apart
+SERVE_SECTION_REGIONS = 4  # requests of several routers, each with room for its rows and for wider results
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,26 @@ class GroupBuffers:
         return (self.memfd, *self.eventfds)
 
 
+@dataclass(frozen=True)
+class ServeBuffers:
+    """Descriptor of the memory that ranks in mode `serve` hand each other rows in.
+
+    Attributes:
+        ranks: global ranks of this node; any of them may come to serve.
+        memfd: a section a rank, in the same order.
+        section_bytes: size of a section.
+    """
+
+    ranks: tuple[int, ...]
+    memfd: int
+    section_bytes: int
+
+    @property
+    def memfd_bytes(self) -> int:
+        """Size of the memfd."""
+        return len(self.ranks) * self.section_bytes
+
+
 class BufferPool:
     """Buffers by group and membership epoch; made when first asked for, closed here when the membership changes.
 
@@ -49,9 +70,10 @@ class BufferPool:
     def __init__(self, region_bytes: int) -> None:
         self._region_bytes = region_bytes
         self._buffers: dict[tuple[int, int], GroupBuffers] = {}
+        self._serving: dict[int, ServeBuffers] = {}  # by membership epoch
 
     def __len__(self) -> int:
-        return len(self._buffers)
+        return len(self._buffers) + len(self._serving)
 
     def get(self, view: View, group_id: int, membership_epoch: int, rank: int) -> GroupBuffers:
         """The buffers of a group, for its member `rank`.
@@ -61,10 +83,7 @@ class BufferPool:
             NotReady: this node does not know that membership yet.
             InvalidRequest: no such group, or `rank` is not in it.
         """
-        if membership_epoch < view.membership_epoch:
-            raise StaleEpoch(view.epoch, f"membership epoch {membership_epoch} is over; call wait_ready()")
-        if membership_epoch > view.membership_epoch:
-            raise NotReady(f"membership epoch {membership_epoch} is not known here yet")
+        _check_membership(view, membership_epoch)
         group = _group(view, group_id)
         if rank not in group.ranks:
             raise InvalidRequest(f"rank {rank} is not in group {group.name!r} of epoch {view.epoch}")
@@ -73,6 +92,26 @@ class BufferPool:
             self._buffers[key] = self._make(view, group, view.slot_of(rank))
         return self._buffers[key]
 
+    def get_serving(self, view: View, membership_epoch: int, rank: int) -> ServeBuffers:
+        """The memory of this node's ranks that serve, for one of them.
+
+        Raises:
+            StaleEpoch, NotReady: as `get`.
+            InvalidRequest: `rank` is in no view.
+        """
+        _check_membership(view, membership_epoch)
+        if rank not in view.ranks:
+            raise InvalidRequest(f"rank {rank} is not in epoch {view.epoch}")
+        if membership_epoch not in self._serving:
+            ranks = tuple(each for each in view.ranks if view.slot_of(each) == view.slot_of(rank))
+            section_bytes = SERVE_SECTION_REGIONS * self._region_bytes
+            try:
+                memfd = sealed_memfd("epmesh-serve", len(ranks) * section_bytes)
+            except OSError as exc:
+                raise Overloaded(1.0, f"cannot make serve memory of {section_bytes} bytes a rank: {exc}") from exc
+            self._serving[membership_epoch] = ServeBuffers(ranks, memfd, section_bytes)
+        return self._serving[membership_epoch]
+
     def keep_only(self, view: View | None) -> None:
         """Drops the buffers of other memberships and of groups that `view` does not have."""
         groups = {group.group_id for group in view.groups} if view else set()
@@ -80,6 +119,8 @@ class BufferPool:
         for key in list(self._buffers):
             if key[0] not in groups or key[1] != membership_epoch:
                 _close(self._buffers.pop(key).descriptors)
+        for epoch in [epoch for epoch in self._serving if epoch != membership_epoch]:
+            os.close(self._serving.pop(epoch).memfd)
 
     def _make(self, view: View, group: GroupInfo, slot: int) -> GroupBuffers:
         ranks = tuple(rank for rank in group.ranks if view.slot_of(rank) == slot)
@@ -94,6 +135,13 @@ class BufferPool:
             _close(made)
             raise Overloaded(1.0, f"cannot make buffers of {layout.section_bytes} bytes a rank: {exc}") from exc
         return GroupBuffers(ranks, made[0], tuple(made[1:]), layout)
+
+
+def _check_membership(view: View, membership_epoch: int) -> None:
+    if membership_epoch < view.membership_epoch:
+        raise StaleEpoch(view.epoch, f"membership epoch {membership_epoch} is over; call wait_ready()")
+    if membership_epoch > view.membership_epoch:
+        raise NotReady(f"membership epoch {membership_epoch} is not known here yet")
 
 
 def _group(view: View, group_id: int) -> GroupInfo:

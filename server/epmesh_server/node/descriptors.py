@@ -125,7 +125,9 @@ class DescriptorBroker:
             return response, (entry.page_fd, entry.wake_fd)
         if wanted == "group_buffers":
             return self._group_buffers(entry, request.group_buffers)
-        raise InvalidRequest("a descriptor request must ask for control_page or group_buffers")
+        if wanted == "serve_buffers":
+            return self._serve_buffers(entry, request.serve_buffers)
+        raise InvalidRequest("a descriptor request must ask for control_page, group_buffers or serve_buffers")
 
     def _group_buffers(self, entry: LocalRank, wanted: rank_service_pb2.GroupBuffers) -> _Answer:
         if self._board.view is None:
@@ -137,6 +139,13 @@ class DescriptorBroker:
             region_bytes=buffers.layout.region_bytes,
         )
         return response, buffers.descriptors
+
+    def _serve_buffers(self, entry: LocalRank, wanted: rank_service_pb2.ServeBuffers) -> _Answer:
+        if self._board.view is None:
+            raise NotReady("there is no view yet")
+        memory = self._pool.get_serving(self._board.view, wanted.membership_epoch, entry.rank)
+        response = rank_service_pb2.DescriptorResponse(ranks=memory.ranks, memfd_bytes=memory.memfd_bytes)
+        return response, (memory.memfd,)
 
 
 def _parse(datagram: bytes) -> rank_service_pb2.DescriptorRequest:

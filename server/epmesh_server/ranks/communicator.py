@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from epmesh.communicator import Communicator
+from epmesh.communicator import Communicator, Stop
 from epmesh.errors import InvalidRequest, MeshUnavailable, NotReady
 from epmesh.placement import Placement
 from epmesh.view import RankMode, View
@@ -17,6 +17,9 @@ from epmesh_server.ranks.collectives import Collectives
 from epmesh_server.ranks.exchange import Exchange
 from epmesh_server.ranks.member import GroupMember
 from epmesh_server.ranks.point_to_point import PointToPoint
+from epmesh_server.ranks.serving import ServeOptions
+from epmesh_server.ranks.serving_batch import BatchLimits
+from epmesh_server.ranks.serving_experts import Experts, ServeStats
 
 if TYPE_CHECKING:
     from epmesh_server.ranks.rank import RankProcess
@@ -141,10 +144,33 @@ class JoinedCommunicator(CheckedCommunicator):
         self._rank_process.set_placement(request_id, placement, layer)
         self._member.adopt_change()
 
+    def serve(
+        self,
+        experts: Experts,
+        *,
+        stop: Stop | None = None,
+        max_batch_rows: int = 4096,
+        max_wait_s: float = 0.0005,
+        max_queued_bytes: int = 1 << 30,
+        drain_s: float = 5.0,
+    ) -> None:
+        limits = BatchLimits(max_batch_rows=max_batch_rows, max_wait_s=max_wait_s, max_queued_bytes=max_queued_bytes)
+        options = ServeOptions(limits=limits, drain_s=drain_s)
+        if not callable(experts):
+            raise InvalidRequest(f"experts is {experts!r:.80}; it must be callable")
+        with self._turn(collective=False):
+            self._rank_process.serve(experts, stop, options)
+
+    @property
+    def serving_stats(self) -> ServeStats:
+        """What `serve` did so far."""
+        return self._rank_process.serving_stats
+
     def destroy(self) -> None:
         if self._destroyed:
             return
         self._destroyed = True
+        self._rank_process.end_serving()
         self._let_go()
         self._rank_process.left(self.unique_name)
 

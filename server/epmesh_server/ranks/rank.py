@@ -11,12 +11,16 @@ import grpc
 import torch
 
 from epmesh import errors
+from epmesh.communicator import Stop
+from epmesh.errors import InvalidRequest
 from epmesh.placement import Placement
 from epmesh.v1 import group_service_pb2, group_service_pb2_grpc
 from epmesh.view import RankMode, View
 from epmesh_server.ranks.checked_communicator import Load
 from epmesh_server.ranks.communicator import JoinedCommunicator, new_communicator
 from epmesh_server.ranks.links import LinkHub
+from epmesh_server.ranks.serving import ExpertServer, ServeOptions
+from epmesh_server.ranks.serving_experts import Experts, ServeStats
 from epmesh_server.ranks.session import RankSession
 
 
@@ -28,6 +32,7 @@ class RankProcess:
         mode: what the rank is there for; views show it with a commit's delay.
         front_endpoint: where it takes FrontRequest messages; empty: nowhere.
         home: the group whose communicator ``join`` gave out; with it the rank leaves the mesh.
+        serving_stats: what `serve` did so far.
     """
 
     session: RankSession
@@ -41,6 +46,8 @@ class RankProcess:
     mode: RankMode = RankMode.EXCHANGE
     front_endpoint: str = ""
     home: str = field(init=False)
+    serving_stats: ServeStats = field(default_factory=ServeStats)
+    _server: ExpertServer | None = None  # guarded by _lock
     _communicators: dict[str, JoinedCommunicator] = field(default_factory=dict)  # guarded by _lock
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -62,6 +69,28 @@ class RankProcess:
         self.session.update_rank(mode, front_endpoint)
         what = f"a view with rank {self.session.rank} in mode {mode.name.lower()}"
         return self.session.wait_view(shown, self.timeout_s, what)
+
+    def serve(self, experts: Experts, stop: Stop | None, options: ServeOptions) -> None:
+        """Answers routers until `stop` is set; returns in the mode from before.
+
+        Raises:
+            InvalidRequest: this rank serves already.
+            EpmeshError: the membership ended.
+        """
+        with self._lock:
+            if self._server is not None:
+                raise InvalidRequest(f"rank {self.session.rank} serves already")
+            server = self._server = ExpertServer(self, experts, options, self.serving_stats)
+        try:
+            server.run(stop)
+        finally:
+            self._server = None
+
+    def end_serving(self) -> None:
+        """Ends `serve`, if another thread is in it."""
+        server = self._server
+        if server is not None:
+            server.end()
 
     def is_in(self, view: View) -> bool:
         """Whether `view` has this rank, in this incarnation."""

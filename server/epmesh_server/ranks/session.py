@@ -171,6 +171,11 @@ class RankSession:
         wanted = rank_service_pb2.GroupBuffers(group_id=group_id, membership_epoch=membership_epoch)
         return self._descriptors(rank_service_pb2.DescriptorRequest(group_buffers=wanted))
 
+    def serve_buffers(self, membership_epoch: int) -> tuple[rank_service_pb2.DescriptorResponse, list[int]]:
+        """Fetches the memory of the node's ranks that serve: the answer, then one memfd."""
+        wanted = rank_service_pb2.ServeBuffers(membership_epoch=membership_epoch)
+        return self._descriptors(rank_service_pb2.DescriptorRequest(serve_buffers=wanted))
+
     def calm(self) -> bool:
         """Takes back wakes of the control page; whether there were any."""
         try:

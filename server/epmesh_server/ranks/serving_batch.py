@@ -1,0 +1,199 @@
+"""Which of the shares that wait go into the next call of the experts. Pure: no clock, no thread, no tensor.
+
+Shares that can be computed together have the same key. The one that waits longest decides whose turn it is, so that
+none waits for ever; others with its key ride along in the order they came in, up to a number of rows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from epmesh.errors import InvalidRequest, Overloaded
+
+_SMOOTHING = 0.2  # weight of the newest measurement
+_LONGEST_GAP = 4.0  # times max_wait_s: a long pause must not outweigh the burst that comes after it
+_SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.001, 5.0
+_FIRST_RETRY_S = 0.05  # where nothing was measured yet
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchLimits:
+    """What bounds a batch and the queue before it.
+
+    Attributes:
+        max_batch_rows: most rows of one call; a single share may have more.
+        max_wait_s: longest time a share waits for others while nothing is computed.
+        max_queued_bytes: most bytes of shares that wait; beyond, `Overloaded`.
+
+    Raises:
+        InvalidRequest: a value is out of range.
+    """
+
+    max_batch_rows: int = 4096
+    max_wait_s: float = 0.0005
+    max_queued_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        if self.max_batch_rows < 1 or self.max_queued_bytes < 1:
+            raise InvalidRequest(
+                f"max_batch_rows={self.max_batch_rows}, max_queued_bytes={self.max_queued_bytes}; "
+                "both must be 1 or more"
+            )
+        if not 0 <= self.max_wait_s <= 1:
+            raise InvalidRequest(f"max_wait_s is {self.max_wait_s}; it must be 0 to 1")
+
+
+class Share(Protocol):
+    """What the queue asks of a share of rows."""
+
+    @property
+    def key(self) -> Hashable:
+        """Shares with equal keys can be computed together."""
+
+    @property
+    def num_rows(self) -> int:
+        """Its rows."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What it counts for in the queue's budget."""
+
+    @property
+    def deadline(self) -> float:
+        """When nobody waits for it any more, by the clock that the queue is told."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for it any more."""
+
+
+_S = TypeVar("_S", bound=Share)
+
+
+class BatchQueue(Generic[_S]):
+    """Shares that wait for the experts. Times are of one clock, in seconds, and never fall; one thread at a time.
+
+    Attributes:
+        queued_rows, queued_bytes: of what waits, the dead included until they are met.
+        dropped: shares that were cancelled or too old when their turn came; whoever takes batches empties it.
+    """
+
+    def __init__(self, limits: BatchLimits) -> None:
+        self.queued_rows = self.queued_bytes = 0
+        self.dropped: list[_S] = []
+        self._limits = limits
+        self._waiting: dict[Hashable, deque[tuple[float, int, _S]]] = {}  # key -> (arrival, number, share)
+        self._arrivals = 0
+        self._last_arrival = 0.0
+        self._gap_s = float("inf")  # mean time between arrivals
+        self._computed_until = float("-inf")
+        self._rows_per_s = 0.0
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def put(self, share: _S, now: float) -> None:
+        """Adds a share that arrived at `now`.
+
+        Raises:
+            Overloaded: its bytes do not fit; the hint is how long what waits may take.
+        """
+        if self.queued_bytes + share.num_bytes > self._limits.max_queued_bytes:
+            raise Overloaded(
+                self.retry_after_s(),
+                f"{self.queued_bytes} bytes of rows wait here; {share.num_bytes} more do not fit into "
+                f"{self._limits.max_queued_bytes}",
+            )
+        if self._arrivals:
+            gap_s = min(now - self._last_arrival, _LONGEST_GAP * self._limits.max_wait_s)
+            known = self._gap_s < float("inf")
+            self._gap_s = self._gap_s + _SMOOTHING * (gap_s - self._gap_s) if known else gap_s
+        self._arrivals += 1
+        self._last_arrival = now
+        self.queued_rows += share.num_rows
+        self.queued_bytes += share.num_bytes
+        self._waiting.setdefault(share.key, deque()).append((now, self._arrivals, share))
+
+    def take(self, now: float) -> list[_S]:
+        """The next batch, all of one key; empty where none is due yet (`wait_s` says when to look again)."""
+        self._skip_dead(now)
+        oldest = self._oldest()
+        if oldest is None or self._due_at(oldest) > now:
+            return []
+        waiting = self._waiting[oldest]
+        batch: list[_S] = []
+        rows = 0
+        while waiting:
+            share = waiting[0][2]
+            if self._dead(share, now):
+                self._forget(waiting)
+                continue
+            if batch and rows + share.num_rows > self._limits.max_batch_rows:
+                break
+            batch.append(self._pop(waiting))
+            rows += share.num_rows
+        if not waiting:
+            del self._waiting[oldest]
+        return batch
+
+    def wait_s(self, now: float) -> float | None:
+        """Seconds until a batch is due if nothing else comes; 0 where one is; `None` where nothing waits."""
+        self._skip_dead(now)
+        oldest = self._oldest()
+        return None if oldest is None else max(0.0, self._due_at(oldest) - now)
+
+    def computed(self, rows: int, seconds: float, now: float) -> None:
+        """A batch was computed; what arrived meanwhile goes together, at once."""
+        self._computed_until = now
+        rate = rows / max(seconds, 1e-9)
+        self._rows_per_s = self._rows_per_s + _SMOOTHING * (rate - self._rows_per_s) if self._rows_per_s else rate
+
+    def retry_after_s(self) -> float:
+        """How long what waits may take, by what was computed lately."""
+        if not self._rows_per_s:
+            return _FIRST_RETRY_S
+        return min(max(self.queued_rows / self._rows_per_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
+
+    def drain(self) -> list[_S]:
+        """Takes out everything that waits, in the order it came in."""
+        everything = sorted((entry for waiting in self._waiting.values() for entry in waiting), key=lambda e: e[1])
+        self._waiting.clear()
+        self.queued_rows = self.queued_bytes = 0
+        return [share for _, _, share in everything]
+
+    def _oldest(self) -> Hashable | None:
+        return min(self._waiting, key=lambda key: self._waiting[key][0][1], default=None)
+
+    def _due_at(self, key: Hashable) -> float:
+        """When the batch that `key` heads goes, if nothing else comes: at once unless waiting is likely to pay."""
+        arrived = self._waiting[key][0][0]
+        latest = arrived + self._limits.max_wait_s
+        lonely = self._last_arrival + self._gap_s > latest or len(self._waiting) > 1
+        if lonely or arrived <= self._computed_until:
+            return arrived
+        full = sum(share.num_rows for _, _, share in self._waiting[key]) >= self._limits.max_batch_rows
+        return arrived if full else latest
+
+    def _skip_dead(self, now: float) -> None:
+        """Removes the dead from the heads, so that every head is alive."""
+        for key, waiting in list(self._waiting.items()):
+            while waiting and self._dead(waiting[0][2], now):
+                self._forget(waiting)
+            if not waiting:
+                del self._waiting[key]
+
+    def _forget(self, waiting: deque[tuple[float, int, _S]]) -> None:
+        self.dropped.append(self._pop(waiting))
+
+    def _pop(self, waiting: deque[tuple[float, int, _S]]) -> _S:
+        _, _, share = waiting.popleft()
+        self.queued_rows -= share.num_rows
+        self.queued_bytes -= share.num_bytes
+        return share
+
+    @staticmethod
+    def _dead(share: _S, now: float) -> bool:
+        return share.cancelled or share.deadline <= now

@@ -1,0 +1,390 @@
+"""The desk of a rank that serves: takes requests in, hands shares out, adds results up, answers.
+
+One thread does all of it; others only post jobs. It also hears what the node service tells (views, losses), so that a
+request whose neighbour died is answered at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import logging
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, Overloaded, PeerLost
+from epmesh.frames import Buffer, num_bytes
+from epmesh.front import INLINE, FrontClient, FrontPeer
+from epmesh.layout import Ints
+from epmesh.v1 import front_pb2
+from epmesh.view import View
+from epmesh_server.ranks.front import Incoming
+from epmesh_server.ranks.serve_memory import ServeMemories, ServeMemory, Slab
+from epmesh_server.ranks.serving_experts import Outcome, QueuedShare, ServeStats, ShareQueue
+from epmesh_server.ranks.serving_request import (
+    NeighbourShare,
+    RouterRequest,
+    blamed,
+    give_up_at,
+    result_room,
+    wrote_last,
+)
+from epmesh_server.ranks.serving_rows import Bytes, Holders, Rows, parse_router_rows, parse_rows
+from epmesh_server.ranks.session import RankSession
+from epmesh_server.ranks.tensors import as_rows, dtype_from_name, meta_of
+
+_log = logging.getLogger(__name__)
+
+_ALIGNMENT = 64
+_TICK_S = 0.01
+_VIEW_PATIENCE_S = 1.0  # how long a request waits for a view that its router knows and this rank does not yet
+
+Job = Callable[[], None]
+
+
+class Desk:
+    """See the module."""
+
+    def __init__(self, session: RankSession, queue: ShareQueue, stats: ServeStats) -> None:
+        """Starts its thread."""
+        self.last_request = time.monotonic()
+        self._session = session
+        self._me = session.rank
+        self._queue = queue
+        self._stats = stats
+        self._memories = ServeMemories(session)
+        self._client: FrontClient | None = None
+        self._holders: Holders | None = None
+        self._requests: set[RouterRequest] = set()
+        self._early: list[tuple[Incoming, float]] = []  # requests of an epoch that is not known here yet, until when
+        self._jobs: deque[Job] = deque()
+        self._closing = False
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._run, name="epmesh-serve", daemon=True)
+        self._thread.start()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being worked on."""
+        return not (self._requests or self._early or self._jobs)
+
+    def take_in(self, incoming: Incoming) -> None:
+        """Takes a request from the front; returns at once.
+
+        Raises:
+            InvalidRequest: it asks for something else.
+        """
+        kind = incoming.request.WhichOneof("request")
+        if kind not in ("serve_rows", "serve_share"):
+            raise InvalidRequest(f"rank {self._me} serves routers; it takes no {kind}")
+        self.last_request = time.monotonic()
+        take = self._take_rows if kind == "serve_rows" else self._take_share
+        self._post(lambda: self._answered_if_wrong(incoming, take))
+
+    def close(self, error: EpmeshError) -> None:
+        """Refuses what is open, and ends."""
+
+        def end() -> None:
+            self._closing = True
+            for request in list(self._requests):
+                self._fail(request, error)
+            for incoming, _ in self._early:
+                incoming.refuse(error)
+
+        self._post(end)
+        self._thread.join()
+        if self._client is not None:
+            self._client.close()
+        self._memories.close()
+        os.close(self._wake_fd)
+
+    # The thread ------------------------------------------------------------------------------------------------
+
+    def _post(self, job: Job) -> None:
+        self._jobs.append(job)
+        with contextlib.suppress(OSError):  # closed: nobody needs it any more
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _run(self) -> None:
+        poller = select.poll()
+        poller.register(self._wake_fd, select.POLLIN)
+        poller.register(self._session.wake_fd, select.POLLIN)
+        while not self._closing:
+            busy = self._requests or self._early
+            poller.poll(_TICK_S * 1000 if busy else 500)
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake_fd)
+            if self._session.calm():
+                self._job(self._membership_changed)
+            while self._jobs and not self._closing:
+                self._job(self._jobs.popleft())
+            self._expire(time.monotonic())
+
+    def _job(self, job: Job) -> None:
+        try:
+            job()
+        except Exception:  # noqa: BLE001 - one bad job must not end the desk
+            _log.exception("rank=%d serve.failed", self._me)
+
+    def _answered_if_wrong(self, incoming: Incoming, take: Callable[[Incoming], None]) -> None:
+        try:
+            take(incoming)
+        except EpmeshError as exc:
+            self._count(exc)
+            incoming.refuse(exc)
+        except Exception as exc:  # noqa: BLE001 - the router hears of it
+            _log.exception("rank=%d serve.failed", self._me)
+            self._stats.failures += 1
+            incoming.refuse(EpmeshError(f"rank {self._me} failed: {type(exc).__name__}: {exc}"))
+
+    def _count(self, error: EpmeshError) -> None:
+        if isinstance(error, Overloaded):
+            self._stats.overloaded += 1
+        else:
+            self._stats.failures += 1
+
+    def _expire(self, now: float) -> None:
+        for request in [request for request in self._requests if request.deadline <= now]:
+            late = min(request.waiting)
+            self._fail(request, DeadlineExceeded(late, 0, f"rank {late} had no results in time"))
+        for early in [early for early in self._early if early[1] <= now]:
+            self._early.remove(early)
+            self._answered_if_wrong(early[0], functools.partial(self._take_rows, patient=False))
+
+    def _membership_changed(self) -> None:
+        self._queue.wake()
+        view, gone = self._session.view, self._session.page.lost()
+        if view is None:
+            return
+        for request in list(self._requests):
+            lost = [
+                share.rank
+                for share in request.neighbours
+                if share.rank in request.waiting and (share.rank in gone or not _alive(view, share))
+            ]
+            if lost:
+                self._fail(request, PeerLost(lost, view.epoch))
+        early, self._early = self._early, []
+        for incoming, until in early:
+            self._answered_if_wrong(incoming, functools.partial(self._take_rows, until=until))
+
+    # Routers' requests -----------------------------------------------------------------------------------------
+
+    def _take_rows(self, incoming: Incoming, *, patient: bool = True, until: float | None = None) -> None:
+        if incoming.cancelled:
+            self._stats.cancelled += 1
+            incoming.refuse(DeadlineExceeded(self._me))
+            return
+        view, wanted = self._session.view, incoming.request.serve_rows
+        assert view is not None
+        now = time.monotonic()
+        if wanted.epoch > view.epoch and patient:
+            self._early.append((incoming, until or min(incoming.deadline, now + _VIEW_PATIENCE_S)))
+            return
+        self._stats.requests += 1
+        layer = wanted.layer if wanted.HasField("layer") else None
+        router_rows = parse_router_rows(layer, wanted.ranks, incoming.request.tensors, incoming.tensors)
+        self._holders_of(view).check(router_rows, self._me)
+        request = RouterRequest(incoming, router_rows, view, give_up_at(now, incoming.deadline))
+        if not router_rows.wanted:
+            request.answer(request.sum())
+            return
+        request.waiting.update(router_rows.wanted)
+        self._requests.add(request)
+        incoming.on_cancel(lambda: self._post(lambda: self._give_up(request)))
+        try:
+            self._hand_out(request)
+        except EpmeshError as exc:
+            self._fail(request, exc)
+
+    def _hand_out(self, request: RouterRequest) -> None:
+        """Gives every rank its share; the neighbours first, so that they compute while this rank does."""
+        wanted = request.router_rows.wanted
+        for rank in [rank for rank in wanted if rank != self._me]:
+            index, rows = request.router_rows.of(rank)
+            self._announce(request, rank, index, rows)
+        if self._me in wanted:
+            index, rows = request.router_rows.of(self._me)
+            self._stats.shares += 1
+            self._queue.put(
+                QueuedShare(
+                    rows,
+                    request.deadline,
+                    lambda: request.abandoned,
+                    lambda outcome: self._post_own(request, index, outcome),
+                )
+            )
+
+    def _announce(self, request: RouterRequest, rank: int, index: Ints, rows: Rows) -> None:
+        message, frames, slab, result_at = self._written(rows)
+        info = request.view.ranks[rank]
+        peer = FrontPeer(rank, info.incarnation, info.front_endpoint)
+        timeout_s = max(request.deadline - time.monotonic(), 0.001)
+        answer = self._caller(request.view).call(peer, message, frames, timeout_s=timeout_s)
+        share = NeighbourShare(rank, info.incarnation, index, slab, result_at, answer)
+        request.neighbours.append(share)
+        answer.add_done_callback(lambda _: self._post(lambda: self._take_answer(request, share)))
+
+    def _written(self, rows: Rows) -> tuple[front_pb2.FrontRequest, list[Buffer], Slab | None, int]:
+        """The announcement of a share: its rows in the section of this rank, or as frames where there is no room."""
+        arrays = [
+            rows.hidden_states.reshape(-1),
+            rows.topk_weights.reshape(-1),
+            rows.topk_ids.reshape(-1).view(np.uint8),
+        ]
+        room = result_room(dtype_from_name(rows.key.hidden_dtype).itemsize, rows.num_rows, rows.key.hidden)
+        starts, end = _places([array.nbytes for array in arrays])
+        message = front_pb2.FrontRequest(tensors=rows.metas)
+        message.serve_share.source = self._me
+        if rows.key.layer is not None:
+            message.serve_share.layer = rows.key.layer
+        memory = self._memories.newest()
+        slab = memory.take(end + room) if memory is not None else None
+        if memory is None or slab is None:
+            return message, [array.data for array in arrays], None, 0
+        for start, array in zip(starts, arrays, strict=True):
+            slab.data[start : start + array.nbytes] = array
+        self._session.page.barrier()
+        message.places.extend(slab.start + start for start in starts)
+        message.serve_share.membership_epoch = memory.membership_epoch
+        message.serve_share.result_offset = slab.start + end
+        message.serve_share.result_bytes = room
+        return message, [], slab, end
+
+    def _caller(self, view: View) -> FrontClient:
+        if self._client is None:
+            self._client = FrontClient(view.mesh_id)
+        return self._client
+
+    def _take_answer(self, request: RouterRequest, share: NeighbourShare) -> None:
+        """A neighbour's call is over."""
+        if share.answer.cancelled():
+            return
+        error = share.answer.exception()
+        share.answered = wrote_last(error)
+        if request.over:
+            share.release()
+            return
+        try:
+            results = share.results(share.answer.result())
+        except EpmeshError as exc:
+            self._fail(request, blamed(exc, share.rank, request.view.epoch))
+        else:
+            if request.add(share.rank, share.index, results):
+                self._finish(request)
+
+    def _post_own(self, request: RouterRequest, index: Ints, outcome: Outcome) -> None:
+        """This rank's own results are there; on the computing thread, so they are copied."""
+        own = outcome if isinstance(outcome, EpmeshError) else outcome.clone()
+        self._post(lambda: self._take_own(request, index, own))
+
+    def _take_own(self, request: RouterRequest, index: Ints, outcome: Outcome) -> None:
+        if request.over:
+            return
+        if isinstance(outcome, EpmeshError):
+            self._fail(request, outcome)
+        elif request.add(self._me, index, outcome):
+            self._finish(request)
+
+    def _finish(self, request: RouterRequest) -> None:
+        """All results are there."""
+        try:
+            request.answer(request.sum())
+        except EpmeshError as exc:
+            self._fail(request, exc)
+            return
+        self._end(request)
+
+    def _fail(self, request: RouterRequest, error: EpmeshError) -> None:
+        """Answers with an error; what is still computed for the request is given up."""
+        if request.over:
+            return
+        self._count(error)
+        request.incoming.refuse(error)
+        self._end(request)
+
+    def _give_up(self, request: RouterRequest) -> None:
+        """Its router waits no longer."""
+        if request.over:
+            return
+        self._stats.cancelled += 1
+        request.incoming.refuse(DeadlineExceeded(self._me))  # nobody hears it; the front forgets the request
+        self._end(request)
+
+    def _end(self, request: RouterRequest) -> None:
+        request.over = True
+        self._requests.discard(request)
+        for share in request.neighbours:
+            share.answer.cancel()  # tells the neighbour, unless it answered
+            share.release()
+
+    # Neighbours' shares ----------------------------------------------------------------------------------------
+
+    def _take_share(self, incoming: Incoming) -> None:
+        wanted = incoming.request.serve_share
+        view = self._session.view
+        assert view is not None
+        if wanted.source == self._me or view.slot_of(wanted.source) != view.slot_of(self._me):
+            raise InvalidRequest(f"rank {wanted.source} is no neighbour of rank {self._me}")
+        memory = self._memories.of(wanted.membership_epoch) if incoming.request.places else None
+        rows = self._share_rows(incoming, memory)
+        self._holders_of(view).check_share(rows.key.layer, rows.topk_ids[rows.topk_ids >= 0], self._me)
+        self._stats.shares += 1
+
+        def deliver(outcome: Outcome) -> None:
+            _answer_share(incoming, memory, outcome)
+
+        self._queue.put(QueuedShare(rows, incoming.deadline, lambda: incoming.cancelled, deliver))
+        incoming.on_cancel(lambda: incoming.refuse(DeadlineExceeded(self._me)))
+
+    def _share_rows(self, incoming: Incoming, memory: ServeMemory | None) -> Rows:
+        request, wanted = incoming.request, incoming.request.serve_share
+        frames = iter(incoming.tensors)
+        tensors: list[memoryview | Bytes] = []
+        for meta, place in zip(request.tensors, request.places or [INLINE] * len(request.tensors), strict=True):
+            if memory is None or place == INLINE:
+                tensors.append(next(frames))
+            else:
+                tensors.append(memory.at(wanted.source, place, num_bytes(meta)))
+        return parse_rows(wanted.layer if wanted.HasField("layer") else None, request.tensors, tensors)
+
+    def _holders_of(self, view: View) -> Holders:
+        if self._holders is None or self._holders.view is not view:
+            self._holders = Holders(view)
+        return self._holders
+
+
+def _answer_share(incoming: Incoming, memory: ServeMemory | None, outcome: Outcome) -> None:
+    """Writes results where the neighbour wants them; on the computing thread."""
+    if isinstance(outcome, EpmeshError):
+        incoming.refuse(outcome)
+        return
+    if incoming.cancelled:
+        incoming.refuse(DeadlineExceeded())
+        return
+    wanted, data = incoming.request.serve_share, as_rows(outcome).reshape(-1)
+    response = front_pb2.FrontResponse(tensors=[meta_of(outcome)])
+    if memory is None or data.nbytes > wanted.result_bytes:
+        incoming.answer(response, [data.tobytes()])
+        return
+    memory.at(wanted.source, wanted.result_offset, data.nbytes)[:] = data
+    response.places.append(wanted.result_offset)
+    incoming.answer(response)
+
+
+def _alive(view: View, share: NeighbourShare) -> bool:
+    info = view.ranks.get(share.rank)
+    return info is not None and info.incarnation == share.incarnation
+
+
+def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where arrays of these sizes start in a slab, and where they end, aligned."""
+    starts = [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+    return starts[:-1], starts[-1]

@@ -1,0 +1,186 @@
+"""Ranks that serve in tests, and the plainest router there can be."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from epmesh import Communicator, View
+from epmesh.frames import tensor_meta
+from epmesh.front import FrontClient, FrontPeer, FrontReply
+from epmesh.v1 import front_pb2
+from epmesh.view import RankMode
+from epmesh_server.ranks.communicator import JoinedCommunicator
+from epmesh_server.ranks.serving_experts import ServeStats
+from epmesh_server.ranks.tensors import as_bytes, dtype_from_name, dtype_name, from_bytes
+from tests.integration.mesh_works import tell
+
+HIDDEN = 16
+POISON = 999.0  # a row that begins with it makes `experts` fail
+
+
+class FileStop:
+    """Set once a file is there."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def is_set(self) -> bool:
+        return self._path.exists()
+
+
+def experts(
+    layer: int | None, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> torch.Tensor:
+    """Expert e makes (e + 1) x + layer of a row x."""
+    if (hidden_states[:, 0] == POISON).any():
+        raise ArithmeticError("poison")
+    scale = torch.where(topk_ids >= 0, topk_ids + 1, 0).float()
+    present = (topk_ids >= 0).float()
+    weights = topk_weights.float()
+    total = (weights * scale).sum(1, keepdim=True) * hidden_states.float()
+    total += (weights * present).sum(1, keepdim=True) * (layer or 0)
+    return total.to(hidden_states.dtype)
+
+
+def reference(layer: int | None, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """What a mesh of any shape must come near to."""
+    return experts(layer, hidden.double(), weights.double(), ids)
+
+
+def serve(comm: Communicator, stop: Path, delay_s: float = 0.0, **options: float) -> ServeStats:
+    """Serves until the file is there; `delay_s` is what each call of the experts takes besides."""
+
+    def slow(layer: int | None, *tensors: torch.Tensor) -> torch.Tensor:
+        time.sleep(delay_s)  # what is tested: experts that take their time
+        return experts(layer, *tensors)
+
+    comm.serve(slow if delay_s else experts, stop=FileStop(stop), **options)  # type: ignore[arg-type]
+    assert isinstance(comm, JoinedCommunicator)
+    return comm.serving_stats
+
+
+def serve_and_tell(comm: Communicator, stop: Path, inbox: Path, hold: Path, rank: int) -> ServeStats:
+    """As `serve`; the experts of `rank` tell when they are called, and go on once the file `hold` is gone."""
+
+    def held(layer: int | None, *tensors: torch.Tensor) -> torch.Tensor:
+        if comm.global_rank == rank:
+            tell(inbox, "computing", comm.global_rank)
+            while hold.exists():
+                time.sleep(0.005)
+        return experts(layer, *tensors)
+
+    comm.serve(held, stop=FileStop(stop))
+    assert isinstance(comm, JoinedCommunicator)
+    return comm.serving_stats
+
+
+def wait_serving(view: Callable[[], View], ranks: list[int], timeout_s: float = 20.0) -> View:
+    """The first view in which exactly `ranks` serve."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        newest = view()
+        if serving(newest) == ranks:
+            return newest
+        assert time.monotonic() < deadline, newest
+        time.sleep(0.005)
+
+
+def serving(view: View) -> list[int]:
+    return [rank for rank, info in view.ranks.items() if info.mode is RankMode.SERVE and info.front_endpoint]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Rows for the node `slot`, on their way."""
+
+    slot: int
+    reply: Future[FrontReply]
+
+
+class PlainRouter:
+    """Sends every id to the first serving rank that holds its expert."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self._client = FrontClient(view.mesh_id)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def targets(self, layer: int | None, ids: torch.Tensor) -> torch.Tensor:
+        """The global rank for each id, -1 for none."""
+        placement = self.view.placement(layer)
+        assert placement is not None
+        alive = serving(self.view)
+        first = [next(rank for rank in holders if rank in alive) for holders in placement.holders]
+        return torch.where(ids >= 0, torch.tensor(first)[ids.clamp(min=0).long()], -1)
+
+    def start(
+        self,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        *,
+        layer: int | None = None,
+        timeout_s: float = 20.0,
+        entry: int | None = None,
+        targets: torch.Tensor | None = None,
+    ) -> list[Call]:
+        """Asks every node that has experts for the rows; `entry` says by which of its ranks (default: the lowest)."""
+        targets = self.targets(layer, ids) if targets is None else targets
+        calls = []
+        for node in self.view.nodes:
+            ranks = [rank for rank in serving(self.view) if self.view.slot_of(rank) == node.slot]
+            codes = torch.full(ids.shape, 127, dtype=torch.uint8)
+            for index, rank in enumerate(ranks):
+                codes[targets == rank] = index
+            if not (codes != 127).any():
+                continue
+            request = front_pb2.FrontRequest(serve_rows=front_pb2.ServeRows(epoch=self.view.epoch, ranks=ranks))
+            if layer is not None:
+                request.serve_rows.layer = layer
+            tensors = [hidden, weights, ids, codes]
+            request.tensors.extend(tensor_meta(dtype_name(t.dtype), tuple(t.shape)) for t in tensors)
+            rank = entry if entry in ranks else ranks[0]
+            info = self.view.ranks[rank]
+            peer = FrontPeer(rank, info.incarnation, info.front_endpoint)
+            reply = self._client.call(peer, request, [as_bytes(t).data for t in tensors], timeout_s=timeout_s)
+            calls.append(Call(node.slot, reply))
+        return calls
+
+    def forward(
+        self, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, **options: object
+    ) -> torch.Tensor:
+        """The sums, in slot order and fp32."""
+        return total(hidden, self.start(hidden, weights, ids, **options))  # type: ignore[arg-type]
+
+
+def total(hidden: torch.Tensor, calls: list[Call]) -> torch.Tensor:
+    """Adds the nodes' answers up."""
+    result = torch.zeros(hidden.shape, dtype=torch.float32)
+    dtype = hidden.dtype
+    for call in calls:
+        reply = call.reply.result(30)
+        (meta,) = reply.response.tensors
+        dtype = dtype_from_name(meta.dtype)
+        result = result + from_bytes(reply.tensors[0], dtype, tuple(meta.shape)).float()
+    return result.to(dtype)
+
+
+def some_rows(
+    num_rows: int, num_experts: int, num_topk: int, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden_states, topk_weights, topk_ids; some ids are -1."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_rows, HIDDEN, generator=generator).to(dtype)
+    weights = torch.rand(num_rows, num_topk, generator=generator)
+    order = torch.rand(num_rows, num_experts, generator=generator).argsort(1)
+    ids = order[:, :num_topk].clone()
+    ids[torch.rand(num_rows, num_topk, generator=generator) < 0.1] = -1
+    return hidden, weights, ids
