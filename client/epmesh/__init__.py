@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from epmesh.communicator import Communicator, Handle
+from epmesh.discovery import Mesh, connect
 from epmesh.errors import (
     DeadlineExceeded,
     EpmeshError,
@@ -38,6 +39,7 @@ __all__ = [
     "GroupInfo",
     "Handle",
     "InvalidRequest",
+    "Mesh",
     "MeshUnavailable",
     "NodeInfo",
     "NotReady",
@@ -49,6 +51,7 @@ __all__ = [
     "StaleEpoch",
     "Unauthenticated",
     "View",
+    "connect",
     "join",
     "linear_placement",
 ]

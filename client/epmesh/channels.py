@@ -38,6 +38,8 @@ ONE_TRY_OPTIONS: Options = (
     *(option for option in CHANNEL_OPTIONS if option[0] != "grpc.min_reconnect_backoff_ms"),
     ("grpc.min_reconnect_backoff_ms", 2000),
     ("grpc.use_local_subchannel_pool", 1),
+    # Else a stream opened just as the server stops may wait for ever for a second chance (seen with 1.85).
+    ("grpc.enable_retries", 0),
 )
 
 

@@ -60,6 +60,21 @@ except ImportError as error:
 
 
 @pytest.mark.timeout(240)
+def test_connect_works_in_a_base_install_and_says_why_nobody_answers(light_python: Path, tmp_path: Path) -> None:
+    code = """
+import socket, sys, epmesh
+with socket.socket() as bound:  # and nobody listens there
+    bound.bind(("127.0.0.1", 0))
+    try:
+        epmesh.connect("127.0.0.1:%d" % bound.getsockname()[1], timeout_s=0.5)
+    except epmesh.MeshUnavailable as error:
+        print(error)
+assert "torch" not in sys.modules
+"""
+    assert "(Connection refused)" in run([light_python, "-W", "error", "-c", code], cwd=tmp_path)
+
+
+@pytest.mark.timeout(240)
 def test_the_command_of_a_base_install_names_the_extra_to_install(light_python: Path, tmp_path: Path) -> None:
     command = [str(light_python.with_name("epmesh")), "status"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
