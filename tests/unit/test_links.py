@@ -105,15 +105,6 @@ def test_bytes_that_are_no_frames_are_refused_and_the_link_goes_on(pair: Pair) -
     pair.await_(lambda: inbox.take(COLLECTIVE, 1, 0, 0), inbox)
 
 
-def test_a_hole_in_the_numbering_is_noticed(pair: Pair) -> None:
-    inbox = pair.receiver.inbox(GROUP, EPOCH)
-    pair.send(sequence=1)
-    next(pair.sender._numbers[(1, EPOCH)])  # as if a reconnecting socket had dropped message 2
-    pair.send(sequence=3)
-    pair.await_(lambda: inbox.take(COLLECTIVE, 3, 0, 0), inbox)
-    assert inbox.lost_messages == {0: "messages 2 to 2"}
-
-
 def test_point_to_point_messages_keep_their_order(pair: Pair) -> None:
     inbox = pair.receiver.inbox(GROUP, EPOCH)
     for number in range(1, 6):

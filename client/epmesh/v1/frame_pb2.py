@@ -25,19 +25,23 @@ _sym_db = _symbol_database.Default()
 from epmesh.v1 import error_pb2 as epmesh_dot_v1_dot_error__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x65pmesh/v1/frame.proto\x12\tepmesh.v1\x1a\x15\x65pmesh/v1/error.proto\"*\n\nTensorMeta\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\"\xc1\x02\n\x0b\x46rameHeader\x12\x0f\n\x07mesh_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08group_id\x18\x03 \x01(\r\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\"\n\x04kind\x18\x05 \x01(\x0e\x32\x14.epmesh.v1.FrameKind\x12\x0e\n\x06source\x18\x06 \x01(\r\x12\x13\n\x0bincarnation\x18\x07 \x01(\x04\x12\x15\n\rlink_sequence\x18\x08 \x01(\x04\x12\x0c\n\x04step\x18\t \x01(\r\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\n \x01(\r\x12&\n\x07tensors\x18\x0b \x03(\x0b\x32\x15.epmesh.v1.TensorMeta\x12\x0c\n\x04\x63\x61ll\x18\x0c \x01(\x0c\x12\x1f\n\x05\x65rror\x18\r \x01(\x0b\x32\x10.epmesh.v1.Error\x12\x14\n\x0cwith_targets\x18\x0e \x01(\x08\"\xa2\x01\n\x0e\x43\x61llDescriptor\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x11\n\targuments\x18\x02 \x01(\t\x12&\n\x07tensors\x18\x03 \x03(\x0b\x32\x15.epmesh.v1.TensorMeta\x12\x0f\n\x07numbers\x18\x04 \x03(\x04\x12!\n\x07refusal\x18\x05 \x01(\x0b\x32\x10.epmesh.v1.Error\x12\x11\n\tabandoned\x18\x06 \x01(\x04*\xc0\x01\n\tFrameKind\x12\x1a\n\x16\x46RAME_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46RAME_KIND_DISPATCH\x10\x01\x12\x16\n\x12\x46RAME_KIND_COMBINE\x10\x02\x12\x19\n\x15\x46RAME_KIND_COLLECTIVE\x10\x03\x12\x1d\n\x19\x46RAME_KIND_POINT_TO_POINT\x10\x04\x12\x16\n\x12\x46RAME_KIND_ABANDON\x10\x05\x12\x14\n\x10\x46RAME_KIND_TAKEN\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x65pmesh/v1/frame.proto\x12\tepmesh.v1\x1a\x15\x65pmesh/v1/error.proto\"*\n\x0bNumberRange\x12\r\n\x05\x66irst\x18\x01 \x01(\x04\x12\x0c\n\x04last\x18\x02 \x01(\x04\"{\n\tLinkState\x12\x14\n\x0c\x61\x63knowledged\x18\x01 \x01(\x04\x12\'\n\x07missing\x18\x02 \x03(\x0b\x32\x16.epmesh.v1.NumberRange\x12\x12\n\nfirst_kept\x18\x03 \x01(\x04\x12\x0c\n\x04last\x18\x04 \x01(\x04\x12\r\n\x05probe\x18\x05 \x01(\x04\"*\n\nTensorMeta\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\"\xe5\x02\n\x0b\x46rameHeader\x12\x0f\n\x07mesh_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08group_id\x18\x03 \x01(\r\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\"\n\x04kind\x18\x05 \x01(\x0e\x32\x14.epmesh.v1.FrameKind\x12\x0e\n\x06source\x18\x06 \x01(\r\x12\x13\n\x0bincarnation\x18\x07 \x01(\x04\x12\x15\n\rlink_sequence\x18\x08 \x01(\x04\x12\x0c\n\x04step\x18\t \x01(\r\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\n \x01(\r\x12&\n\x07tensors\x18\x0b \x03(\x0b\x32\x15.epmesh.v1.TensorMeta\x12\x0c\n\x04\x63\x61ll\x18\x0c \x01(\x0c\x12\x1f\n\x05\x65rror\x18\r \x01(\x0b\x32\x10.epmesh.v1.Error\x12\x14\n\x0cwith_targets\x18\x0e \x01(\x08\x12\"\n\x04link\x18\x0f \x01(\x0b\x32\x14.epmesh.v1.LinkState\"\xa2\x01\n\x0e\x43\x61llDescriptor\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x11\n\targuments\x18\x02 \x01(\t\x12&\n\x07tensors\x18\x03 \x03(\x0b\x32\x15.epmesh.v1.TensorMeta\x12\x0f\n\x07numbers\x18\x04 \x03(\x04\x12!\n\x07refusal\x18\x05 \x01(\x0b\x32\x10.epmesh.v1.Error\x12\x11\n\tabandoned\x18\x06 \x01(\x04*\xee\x01\n\tFrameKind\x12\x1a\n\x16\x46RAME_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46RAME_KIND_DISPATCH\x10\x01\x12\x16\n\x12\x46RAME_KIND_COMBINE\x10\x02\x12\x19\n\x15\x46RAME_KIND_COLLECTIVE\x10\x03\x12\x1d\n\x19\x46RAME_KIND_POINT_TO_POINT\x10\x04\x12\x16\n\x12\x46RAME_KIND_ABANDON\x10\x05\x12\x14\n\x10\x46RAME_KIND_TAKEN\x10\x06\x12\x14\n\x10\x46RAME_KIND_PROBE\x10\x07\x12\x16\n\x12\x46RAME_KIND_RECEIPT\x10\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'epmesh.v1.frame_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FRAMEKIND']._serialized_start=593
-  _globals['_FRAMEKIND']._serialized_end=785
-  _globals['_TENSORMETA']._serialized_start=59
-  _globals['_TENSORMETA']._serialized_end=101
-  _globals['_FRAMEHEADER']._serialized_start=104
-  _globals['_FRAMEHEADER']._serialized_end=425
-  _globals['_CALLDESCRIPTOR']._serialized_start=428
-  _globals['_CALLDESCRIPTOR']._serialized_end=590
+  _globals['_FRAMEKIND']._serialized_start=798
+  _globals['_FRAMEKIND']._serialized_end=1036
+  _globals['_NUMBERRANGE']._serialized_start=59
+  _globals['_NUMBERRANGE']._serialized_end=101
+  _globals['_LINKSTATE']._serialized_start=103
+  _globals['_LINKSTATE']._serialized_end=226
+  _globals['_TENSORMETA']._serialized_start=228
+  _globals['_TENSORMETA']._serialized_end=270
+  _globals['_FRAMEHEADER']._serialized_start=273
+  _globals['_FRAMEHEADER']._serialized_end=630
+  _globals['_CALLDESCRIPTOR']._serialized_start=633
+  _globals['_CALLDESCRIPTOR']._serialized_end=795
 # @@protoc_insertion_point(module_scope)

@@ -17,6 +17,8 @@ class FrameKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FRAME_KIND_POINT_TO_POINT: _ClassVar[FrameKind]
     FRAME_KIND_ABANDON: _ClassVar[FrameKind]
     FRAME_KIND_TAKEN: _ClassVar[FrameKind]
+    FRAME_KIND_PROBE: _ClassVar[FrameKind]
+    FRAME_KIND_RECEIPT: _ClassVar[FrameKind]
 FRAME_KIND_UNSPECIFIED: FrameKind
 FRAME_KIND_DISPATCH: FrameKind
 FRAME_KIND_COMBINE: FrameKind
@@ -24,6 +26,30 @@ FRAME_KIND_COLLECTIVE: FrameKind
 FRAME_KIND_POINT_TO_POINT: FrameKind
 FRAME_KIND_ABANDON: FrameKind
 FRAME_KIND_TAKEN: FrameKind
+FRAME_KIND_PROBE: FrameKind
+FRAME_KIND_RECEIPT: FrameKind
+
+class NumberRange(_message.Message):
+    __slots__ = ("first", "last")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    last: int
+    def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
+
+class LinkState(_message.Message):
+    __slots__ = ("acknowledged", "missing", "first_kept", "last", "probe")
+    ACKNOWLEDGED_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    FIRST_KEPT_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
+    acknowledged: int
+    missing: _containers.RepeatedCompositeFieldContainer[NumberRange]
+    first_kept: int
+    last: int
+    probe: int
+    def __init__(self, acknowledged: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[NumberRange, _Mapping]]] = ..., first_kept: _Optional[int] = ..., last: _Optional[int] = ..., probe: _Optional[int] = ...) -> None: ...
 
 class TensorMeta(_message.Message):
     __slots__ = ("dtype", "shape")
@@ -34,7 +60,7 @@ class TensorMeta(_message.Message):
     def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class FrameHeader(_message.Message):
-    __slots__ = ("mesh_id", "epoch", "group_id", "sequence", "kind", "source", "incarnation", "link_sequence", "step", "deadline_ms", "tensors", "call", "error", "with_targets")
+    __slots__ = ("mesh_id", "epoch", "group_id", "sequence", "kind", "source", "incarnation", "link_sequence", "step", "deadline_ms", "tensors", "call", "error", "with_targets", "link")
     MESH_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +75,7 @@ class FrameHeader(_message.Message):
     CALL_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     WITH_TARGETS_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
     mesh_id: str
     epoch: int
     group_id: int
@@ -63,7 +90,8 @@ class FrameHeader(_message.Message):
     call: bytes
     error: _error_pb2.Error
     with_targets: bool
-    def __init__(self, mesh_id: _Optional[str] = ..., epoch: _Optional[int] = ..., group_id: _Optional[int] = ..., sequence: _Optional[int] = ..., kind: _Optional[_Union[FrameKind, str]] = ..., source: _Optional[int] = ..., incarnation: _Optional[int] = ..., link_sequence: _Optional[int] = ..., step: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., call: _Optional[bytes] = ..., error: _Optional[_Union[_error_pb2.Error, _Mapping]] = ..., with_targets: bool = ...) -> None: ...
+    link: LinkState
+    def __init__(self, mesh_id: _Optional[str] = ..., epoch: _Optional[int] = ..., group_id: _Optional[int] = ..., sequence: _Optional[int] = ..., kind: _Optional[_Union[FrameKind, str]] = ..., source: _Optional[int] = ..., incarnation: _Optional[int] = ..., link_sequence: _Optional[int] = ..., step: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., call: _Optional[bytes] = ..., error: _Optional[_Union[_error_pb2.Error, _Mapping]] = ..., with_targets: bool = ..., link: _Optional[_Union[LinkState, _Mapping]] = ...) -> None: ...
 
 class CallDescriptor(_message.Message):
     __slots__ = ("method", "arguments", "tensors", "numbers", "refusal", "abandoned")

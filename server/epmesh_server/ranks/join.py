@@ -17,7 +17,8 @@ from epmesh.v1 import membership_service_pb2, rank_service_pb2, view_pb2
 from epmesh.view import RankMode, View
 from epmesh_server.ranks.checked_communicator import Load
 from epmesh_server.ranks.communicator import JoinedCommunicator
-from epmesh_server.ranks.links import LinkHub, Peer
+from epmesh_server.ranks.link_watcher import Peer
+from epmesh_server.ranks.links import LinkHub
 from epmesh_server.ranks.rank import RankProcess
 from epmesh_server.ranks.session import RankSession, describe_node
 

@@ -1,9 +1,9 @@
 """Links: messages between ranks over ZeroMQ, with nothing left to its defaults.
 
 One ROUTER takes everything that comes in, one DEALER a peer sends. Peers are told apart from their frames alone:
-(source, incarnation, epoch), and each sender numbers its messages per receiver, so that a frame which a reconnecting
-socket dropped is noticed. ZeroMQ's own heartbeats are answered by its I/O thread, which needs no GIL: a peer that does
-not answer them is stopped or cut off, not merely busy.
+(source, incarnation, epoch), and each sender numbers its messages per receiver. A reconnecting socket drops messages
+without a word, so senders keep them until receipts come back on the same connection, and send what is missing again
+(`link_window` decides, `link_watcher` tells of reconnects). What cannot be mended is a lost message, and a typed error.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import queue
 import select
 import threading
 import time
@@ -19,22 +18,25 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from epmesh.errors import InvalidRequest
 from epmesh.frames import Buffer, Message, decode, encode
 from epmesh.v1 import frame_pb2
+from epmesh_server.ranks.link_watcher import WATCHED, LinkWatcher, Peer
+from epmesh_server.ranks.link_window import MAX_RANGES, Question, Range, ReceiveWindow, Report, SendWindow
 
 _log = logging.getLogger(__name__)
 
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 200, 600
-RECONNECT_GRACE_S, CONNECT_GRACE_S = 0.3, 1.5
+RECONNECT_MS, RECONNECT_MAX_MS = 25, 100  # several attempts within the watcher's grace
 MAX_INBOX_BYTES = 1 << 32
+HOLE_PATIENCE_S = 5.0  # how long a missing message is waited for; a sender asks at once after a reconnect
 _FOLLOWER_POLL_MS = 5
-_WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
+_MEND_POLL_S, _TEND_POLL_S = 0.02, 0.25
+_TEND_BYTES = 16 << 20  # a sender that keeps more looks for receipts even when it sends nothing
 
 Key = tuple[int, int, int, int]  # kind, sequence, step, source
-Peer = tuple[int, str]  # global rank and link endpoint: a replacement has another endpoint
+Sender = tuple[int, int, int]  # source, incarnation, epoch
 
 
 class Inbox:
@@ -116,6 +118,7 @@ class LinkHub:
         self.rank = -1
         self.incarnation = incarnation
         self.bytes_sent = 0
+        self.receipt_bytes = 0  # sent, besides
         self.refused = 0
         self.unreachable: frozenset[Peer] = frozenset()
         self._on_unreachable = on_unreachable
@@ -126,15 +129,19 @@ class LinkHub:
         self._router.bind(f"tcp://{host}:0")
         self.endpoint: str = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self._receive_lock = threading.Lock()
-        self._send_lock = threading.Lock()  # guards _dealers, _numbers, bytes_sent and every send
+        self._send_lock = threading.Lock()  # guards _dealers, _sending, _tending, bytes_sent and all use of dealers
         self._dealers: dict[Peer, zmq.Socket[bytes]] = {}
-        self._numbers: dict[tuple[int, int], itertools.count[int]] = {}  # (peer, epoch) -> next message's number
-        self._expected: dict[tuple[int, int, int], int] = {}  # (source, incarnation, epoch) -> next number
+        self._sending: dict[tuple[Peer, int], SendWindow[list[Buffer]]] = {}  # by (peer, epoch)
+        self._tending = False
+        self._oldest = 0  # epochs before it are over for good
+        self._receiving: dict[Sender, ReceiveWindow[Message]] = {}  # this and the rest under the receive lock
+        self._holes: dict[Sender, tuple[int, float]] = {}  # number of the missing message, and since when
+        self._lost: dict[int, dict[int, str]] = {}  # epoch -> source -> what is lost
         self._inboxes: dict[tuple[int, int], Inbox] = {}  # (group, epoch); also of epochs not adopted yet
         self._current: dict[int, int] = {}  # group -> adopted epoch
         self._pollers: dict[tuple[int, ...], zmq.Poller] = {}
         self._names = itertools.count()
-        self._watcher = _Watcher(self._set_unreachable)
+        self._watcher = LinkWatcher(self._set_unreachable, self._ask, self._tend)
 
     def identify(self, mesh_id: str, rank: int) -> None:
         """Says who this rank is; before the first send."""
@@ -146,7 +153,7 @@ class LinkHub:
             self._current[group_id] = epoch
             for key in [key for key in self._inboxes if key[0] == group_id and key[1] < epoch]:
                 del self._inboxes[key]
-            return self._inboxes.setdefault((group_id, epoch), Inbox())
+            return self._inbox(group_id, epoch)
 
     def drop_inbox(self, group_id: int) -> None:
         """Forgets a group."""
@@ -156,15 +163,25 @@ class LinkHub:
                 del self._inboxes[key]
 
     def send(self, peer: int, endpoint: str, header: frame_pb2.FrameHeader, tensors: Sequence[Buffer] = ()) -> int:
-        """Queues a message for `peer` (global rank) and returns its bytes; never blocks. `tensors` must not change."""
+        """Queues a message for `peer` (global rank) and returns its bytes; never blocks.
+
+        `tensors` must not change any more: they are kept until the peer has them.
+        """
         header.mesh_id, header.source, header.incarnation = self.mesh_id, self.rank, self.incarnation
+        to = (peer, endpoint)
         with self._send_lock:
-            numbers = self._numbers.setdefault((peer, header.epoch), itertools.count(1))
-            header.link_sequence = next(numbers)
+            window = self._sending.get((to, header.epoch))
+            if window is None:
+                window = self._sending[(to, header.epoch)] = SendWindow()
+            header.link_sequence = window.number()
             frames = encode(header, tensors)
-            size = sum(memoryview(frame).nbytes for frame in frames)
+            size = _size(frames)
+            window.keep(frames, size)
             self.bytes_sent += size
-            self._dealer((peer, endpoint)).send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
+            self._dealer(to).send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
+            if window.wants_reports:
+                self._read_receipts(to)
+                self._tend_later(window)
         return size
 
     def wait(self, inbox: Inbox, fds: tuple[int, ...], timeout_s: float) -> None:
@@ -176,6 +193,8 @@ class LinkHub:
             events = self._poller(fds).poll(max(0, int(timeout_s * 1000 + 0.999)))
             if any(source is self._router for source, _ in events):
                 self._drain(inbox)
+            if self._holes:
+                self._give_up_holes()
         finally:
             self._receive_lock.release()
 
@@ -191,11 +210,15 @@ class LinkHub:
         with self._send_lock:
             for key in [key for key in self._dealers if key not in keep]:
                 self._close_dealer(key)
-            for old in [key for key in self._numbers if key[1] < epoch]:
-                del self._numbers[old]
+            for old in [key for key in self._sending if key[1] < epoch]:
+                del self._sending[old]
         with self._receive_lock:
-            for past in [key for key in self._expected if key[2] < epoch]:
-                del self._expected[past]
+            self._oldest = max(self._oldest, epoch)
+            for past in [key for key in self._receiving if key[2] < epoch]:
+                del self._receiving[past]
+                self._holes.pop(past, None)
+            for over in [key for key in self._lost if key < epoch]:
+                del self._lost[over]
             current = self._current.items()
             for stray in [key for key in self._inboxes if key[1] < epoch and key not in current]:
                 del self._inboxes[stray]
@@ -218,7 +241,7 @@ class LinkHub:
         socket = self._context.socket(zmq.DEALER)
         _configure(socket)
         socket.setsockopt(zmq.ROUTING_ID, f"{self.rank}:{self.incarnation:x}:{next(self._names)}".encode())
-        self._watcher.watch(peer, socket.get_monitor_socket(_WATCHED))
+        self._watcher.watch(peer, socket.get_monitor_socket(WATCHED))
         socket.connect(peer[1])
         self._dealers[peer] = socket
         return socket
@@ -228,6 +251,8 @@ class LinkHub:
         socket.disable_monitor()  # while the watcher still reads: ZeroMQ's I/O thread blocks on a monitor nobody reads
         self._watcher.unwatch(peer)
         socket.close(linger=linger_ms)
+        for key in [key for key in self._sending if key[0] == peer]:
+            del self._sending[key]
 
     def _poller(self, fds: tuple[int, ...]) -> zmq.Poller:
         poller = self._pollers.get(fds)
@@ -238,6 +263,8 @@ class LinkHub:
                 poller.register(fd, zmq.POLLIN)
         return poller
 
+    # Receiving -------------------------------------------------------------------------------------------------
+
     def _drain(self, mine: Inbox) -> None:
         while True:
             try:
@@ -245,119 +272,182 @@ class LinkHub:
             except zmq.Again:
                 return
             try:
-                self._deliver(decode([frame.buffer for frame in frames[1:]]), mine)
+                self._take_in(frames[0], decode([frame.buffer for frame in frames[1:]]), mine)
             except InvalidRequest as exc:
-                self.refused += 1
-                _log.warning("rank=%d frame.refused: %s", self.rank, exc)
+                self._refuse(exc)
 
-    def _deliver(self, message: Message, mine: Inbox) -> None:
+    def _refuse(self, error: InvalidRequest) -> None:
+        self.refused += 1
+        _log.warning("rank=%d frame.refused: %s", self.rank, error)
+
+    def _take_in(self, route: zmq.Frame, message: Message, mine: Inbox) -> None:
         header = message.header
+        self._check_mesh(header)
+        sender = (header.source, header.incarnation, header.epoch)
+        if header.kind == frame_pb2.FRAME_KIND_PROBE:
+            self._answer(route, sender, header.link, mine)
+            return
+        if header.kind == frame_pb2.FRAME_KIND_RECEIPT:
+            raise InvalidRequest(f"a receipt from rank {header.source}, which this rank sent nothing to here")
+        window = self._window_of(sender)
+        self._deliver(window.accept(header.link_sequence, message, sum(map(len, message.tensors))), mine)
+        if window.has_hole or self._holes:
+            self._note_hole(sender, window)
+        if window.report_due:
+            self._send_receipt(route, header.epoch, window.report())
+
+    def _check_mesh(self, header: frame_pb2.FrameHeader) -> None:
         if header.mesh_id != self.mesh_id:
             raise InvalidRequest(f"a frame of mesh {header.mesh_id[:32]!r}; this is {self.mesh_id!r}")
-        if header.epoch < self._current.get(header.group_id, 0):
-            raise InvalidRequest(f"a frame of epoch {header.epoch} from rank {header.source}; it is over")
-        inbox = self._inboxes.setdefault((header.group_id, header.epoch), Inbox())
-        sender = (header.source, header.incarnation, header.epoch)
-        expected = self._expected.get(sender, 1)
-        self._expected[sender] = header.link_sequence + 1
-        if header.link_sequence != expected:
-            inbox.lost_messages[header.source] = f"messages {expected} to {header.link_sequence - 1}"
-        if not inbox.put(message):
-            inbox.lost_messages[header.source] = f"message {header.link_sequence} (no room)"
-        if inbox is not mine and inbox.wake_fd is not None:
-            os.eventfd_write(inbox.wake_fd, 1)
+
+    def _window_of(self, sender: Sender) -> ReceiveWindow[Message]:
+        window = self._receiving.get(sender)
+        if window is None:
+            if sender[2] < self._oldest:
+                raise _over(sender[2], sender[0])
+            window = self._receiving[sender] = ReceiveWindow()
+        return window
+
+    def _deliver(self, messages: Sequence[Message], mine: Inbox) -> None:
+        for message in messages:
+            header = message.header
+            if header.epoch < self._current.get(header.group_id, 0):
+                self._refuse(_over(header.epoch, header.source))
+                continue
+            inbox = self._inbox(header.group_id, header.epoch)
+            if not inbox.put(message):
+                inbox.lost_messages[header.source] = f"message {header.link_sequence} (no room)"
+            if inbox is not mine:
+                _wake(inbox)
+
+    def _inbox(self, group_id: int, epoch: int) -> Inbox:
+        inbox = self._inboxes.get((group_id, epoch))
+        if inbox is None:
+            inbox = self._inboxes[(group_id, epoch)] = Inbox()
+            inbox.lost_messages.update(self._lost.get(epoch, {}))
+        return inbox
+
+    def _answer(self, route: zmq.Frame, sender: Sender, link: frame_pb2.LinkState, mine: Inbox) -> None:
+        """Tells a sender that reconnected what is missing, once what it cannot send again is given up."""
+        epoch = sender[2]
+        if epoch < self._oldest:
+            self._send_receipt(route, epoch, Report(link.last, (), link.probe))
+            return
+        window = self._window_of(sender)
+        lost, messages = window.skip(link.first_kept)
+        self._deliver(messages, mine)
+        if lost is not None:
+            self._lose(sender, lost)
+        self._note_hole(sender, window)
+        self._send_receipt(route, epoch, window.report(Question(link.probe, link.first_kept, link.last)))
+
+    def _send_receipt(self, route: zmq.Frame, epoch: int, report: Report) -> None:
+        """Goes back the way the message came; where that is gone, the sender will ask again."""
+        missing = [frame_pb2.NumberRange(first=first, last=last) for first, last in report.missing]
+        link = frame_pb2.LinkState(acknowledged=report.acknowledged, missing=missing, probe=report.answers)
+        header = self._link_header(frame_pb2.FRAME_KIND_RECEIPT, epoch, link)
+        self.receipt_bytes += len(header)
+        self._router.send_multipart([route.bytes, header], flags=zmq.NOBLOCK)
+
+    def _note_hole(self, sender: Sender, window: ReceiveWindow[Message]) -> None:
+        if not window.has_hole:
+            self._holes.pop(sender, None)
+        elif self._holes.get(sender, (0, 0.0))[0] != window.expected:
+            self._holes[sender] = (window.expected, time.monotonic())
+
+    def _give_up_holes(self) -> None:
+        """No sender mends these: it is gone, or what it sent was no message."""
+        now = time.monotonic()
+        for sender, (number, since) in list(self._holes.items()):
+            if now - since > HOLE_PATIENCE_S:
+                del self._holes[sender]
+                self._lose(sender, (number, number))
+
+    def _lose(self, sender: Sender, numbers: Range) -> None:
+        source, _, epoch = sender
+        text = f"messages {numbers[0]} to {numbers[1]}"
+        _log.warning("rank=%d epoch=%d link.failed: rank %d: lost %s", self.rank, epoch, source, text)
+        self._lost.setdefault(epoch, {})[source] = text
+        for (_, of_epoch), inbox in self._inboxes.items():
+            if of_epoch == epoch:
+                inbox.lost_messages[source] = text
+                _wake(inbox)
+
+    # Mending: what a sender does about receipts ------------------------------------------------------------------
+
+    def _ask(self, peer: Peer) -> None:
+        """A connection was made anew: asks what arrived of what is not acknowledged."""
+        with self._send_lock:
+            for (to, epoch), window in self._sending.items():
+                if to == peer:
+                    self._send_question(peer, epoch, window.ask())
+
+    def _send_question(self, peer: Peer, epoch: int, question: Question | None) -> None:
+        if question is not None:
+            _log.info("rank=%d epoch=%d link.mend.started: rank %d: %s", self.rank, epoch, peer[0], question)
+            link = frame_pb2.LinkState(probe=question.number, first_kept=question.first_kept, last=question.last)
+            header = self._link_header(frame_pb2.FRAME_KIND_PROBE, epoch, link)
+            self._dealers[peer].send_multipart([header], flags=zmq.NOBLOCK)
+
+    def _read_receipts(self, peer: Peer) -> None:
+        dealer = self._dealers[peer]
+        while int(dealer.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            try:
+                self._heed(peer, decode(dealer.recv_multipart(flags=zmq.NOBLOCK)).header)
+            except InvalidRequest as exc:
+                self._refuse(exc)
+
+    def _heed(self, peer: Peer, header: frame_pb2.FrameHeader) -> None:
+        self._check_mesh(header)
+        window = self._sending.get((peer, header.epoch))
+        if window is None or header.kind != frame_pb2.FRAME_KIND_RECEIPT:
+            return
+        missing = tuple((each.first, each.last) for each in header.link.missing[:MAX_RANGES])
+        mend = window.take(Report(header.link.acknowledged, missing, header.link.probe))
+        for frames in mend.again:
+            self.bytes_sent += _size(frames)
+            self._dealers[peer].send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
+        self._send_question(peer, header.epoch, mend.question)
+
+    def _tend_later(self, window: SendWindow[list[Buffer]]) -> None:
+        if window.kept_bytes > _TEND_BYTES and not self._tending:
+            self._tending = True
+            self._watcher.wake()
+
+    def _tend(self) -> float | None:
+        """Looks for receipts that are awaited, or of much that is kept; when to look again."""
+        with self._send_lock:
+            for peer in {to for (to, _), window in self._sending.items() if _needs_tending(window)}:
+                self._read_receipts(peer)
+            self._tending = any(map(_needs_tending, self._sending.values()))
+            mending = any(window.mending for window in self._sending.values())
+        return _MEND_POLL_S if mending else _TEND_POLL_S if self._tending else None
+
+    def _link_header(self, kind: frame_pb2.FrameKind, epoch: int, link: frame_pb2.LinkState) -> bytes:
+        return frame_pb2.FrameHeader(
+            mesh_id=self.mesh_id, epoch=epoch, kind=kind, source=self.rank, incarnation=self.incarnation, link=link
+        ).SerializeToString()
 
     def _set_unreachable(self, peers: frozenset[Peer]) -> None:
         self.unreachable = peers
         self._on_unreachable(peers)
 
 
-class _Watcher:
-    """A thread that follows the connections of all links by ZeroMQ's monitors."""
+def _size(frames: Sequence[Buffer]) -> int:
+    return sum(memoryview(frame).nbytes for frame in frames)
 
-    def __init__(self, on_change: Callable[[frozenset[Peer]], None]) -> None:
-        self._on_change = on_change
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._monitors: dict[Peer, zmq.Socket[bytes]] = {}  # the rest is the thread's alone
-        self._down_at: dict[Peer, float] = {}  # when the peer counts as out of reach
-        self._told: frozenset[Peer] = frozenset()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="epmesh-links", daemon=True)
-        self._thread.start()
 
-    def watch(self, peer: Peer, monitor: zmq.Socket[bytes]) -> None:
-        def add() -> None:
-            self._monitors[peer] = monitor
-            self._down_at[peer] = time.monotonic() + CONNECT_GRACE_S
+def _needs_tending(window: SendWindow[list[Buffer]]) -> bool:
+    return window.mending or window.kept_bytes > _TEND_BYTES
 
-        self._do(add)
 
-    def unwatch(self, peer: Peer) -> None:
-        def remove() -> None:
-            monitor = self._monitors.pop(peer, None)
-            self._down_at.pop(peer, None)
-            if monitor is not None:
-                monitor.close(linger=0)
+def _over(epoch: int, source: int) -> InvalidRequest:
+    return InvalidRequest(f"a frame of epoch {epoch} from rank {source}; it is over")
 
-        self._do(remove)
 
-    def close(self) -> None:
-        def stop() -> None:
-            self._closing = True
-
-        self._do(stop)
-        self._thread.join()
-        os.close(self._wake_fd)
-
-    def _do(self, command: Callable[[], None]) -> None:
-        self._commands.put(command)
-        os.eventfd_write(self._wake_fd, 1)
-
-    def _run(self) -> None:
-        while not self._closing:
-            poller = zmq.Poller()
-            poller.register(self._wake_fd, zmq.POLLIN)
-            for monitor in self._monitors.values():
-                poller.register(monitor, zmq.POLLIN)
-            ready = dict(poller.poll(self._timeout_ms()))
-            if self._wake_fd in ready:
-                self._run_commands()
-            for key, monitor in list(self._monitors.items()):
-                if monitor in ready:
-                    self._follow(key, monitor)
-            self._tell()
-        for monitor in self._monitors.values():
-            monitor.close(linger=0)
-
-    def _run_commands(self) -> None:
-        os.eventfd_read(self._wake_fd)
-        while not self._commands.empty():
-            self._commands.get_nowait()()
-
-    def _timeout_ms(self) -> int | None:
-        now = time.monotonic()
-        if any(at <= now and peer not in self._told for peer, at in self._down_at.items()):
-            return 0
-        pending = [at for at in self._down_at.values() if at > now]
-        return int((min(pending) - now) * 1000) + 1 if pending else None
-
-    def _follow(self, key: Peer, monitor: zmq.Socket[bytes]) -> None:
-        while monitor.poll(0):
-            event = recv_monitor_message(monitor)["event"]
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._down_at.pop(key, None)
-            elif event == zmq.EVENT_DISCONNECTED:
-                self._down_at.setdefault(key, time.monotonic() + RECONNECT_GRACE_S)
-            elif event == zmq.EVENT_MONITOR_STOPPED:
-                return
-
-    def _tell(self) -> None:
-        now = time.monotonic()
-        unreachable = frozenset(peer for peer, at in self._down_at.items() if at <= now)
-        if unreachable != self._told:
-            self._told = unreachable
-            self._on_change(unreachable)
+def _wake(inbox: Inbox) -> None:
+    if inbox.wake_fd is not None:
+        os.eventfd_write(inbox.wake_fd, 1)
 
 
 def _configure(socket: zmq.Socket[bytes]) -> None:
@@ -369,8 +459,8 @@ def _configure(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
-    socket.setsockopt(zmq.RECONNECT_IVL, 50)
-    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
 
 
 def _poll_fds(fds: Iterable[int], timeout_ms: float) -> None:
