@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from epmesh.errors import InvalidRequest
+from epmesh.moe_modules import held_experts, moe_modules
 from epmesh.view import View
 
 if TYPE_CHECKING:
@@ -239,9 +240,24 @@ class Communicator(abc.ABC):
     ) -> torch.Tensor | None:
         """A tensor in memory that the group's ranks share, or `None`. Not collective."""
 
-    @abc.abstractmethod
     def prepare_communication_buffer_for_model(self, model: Any) -> None:
-        """Lets the model's ``FusedMoE``/``SharedFusedMoE`` modules set up, and sizes buffers from them."""
+        """Lets the model's mixture-of-experts modules set up, and declares what they say of their experts.
+
+        Calls ``maybe_init_modular_kernel()`` of every module whose class is called ``FusedMoE`` or ``SharedFusedMoE``.
+        Where these have a map of their experts (``global_num_experts`` and ``expert_map``, as vLLM's), the placement is
+        declared by it, once for all layers if they agree. Does nothing unless `is_ep_communicator`. Buffers need no
+        sizes: their pages cost memory once they are used.
+
+        Args:
+            model: has ``modules()``; every rank passes the same model with its own share of experts.
+        """
+        if not self.is_ep_communicator:
+            return
+        modules = moe_modules(model)
+        for module in modules:
+            module.maybe_init_modular_kernel()
+        for layer, held in held_experts(modules).items():
+            self.set_expert_placement(held.num_experts, held.experts, layer=layer)
 
     # Membership ------------------------------------------------------------------------------------------------
 

@@ -195,6 +195,39 @@ def test_models_are_prepared_by_the_ep_communicator_alone(target: Target) -> Non
         assert target.run(group, prepare_model) == [expected] * len(target.groups[group].ranks)
 
 
+class MappedMoE(FusedMoE):
+    """Says which experts it holds, as vLLM's do."""
+
+    def __init__(self, num_experts: int, held: list[int]) -> None:
+        super().__init__()
+        self.global_num_experts = num_experts
+        self.expert_map = torch.full((num_experts,), -1, dtype=torch.int32)
+        self.expert_map[held] = torch.arange(len(held), dtype=torch.int32)
+
+
+MappedMoE.__name__ = "FusedMoE"
+
+
+def prepare_mapped_model(comm: Communicator) -> Any:
+    """Layers 50 and 51 differ: this rank holds the experts of its own number, and of the next one's."""
+    world_size = comm.world_size
+    model = nn.Sequential(
+        MappedMoE(world_size, [comm.rank]), nn.Linear(1, 1), MappedMoE(world_size, [(comm.rank + 1) % world_size])
+    )
+    for layer, module in zip((50, 51), (model[0], model[2]), strict=True):
+        module.layer_id = layer  # type: ignore[assignment]
+    comm.prepare_communication_buffer_for_model(model)
+    return [dict(comm.view.placements[layer].experts_of) for layer in (50, 51)]
+
+
+@on(Shape(2, 2))
+def test_a_models_modules_say_where_their_experts_are(target: Target) -> None:
+    ranks = range(target.shape.world_size)
+    own = {rank: (rank,) for rank in ranks}
+    following = {rank: ((rank + 1) % len(ranks),) for rank in ranks}
+    assert target.run("ep", prepare_mapped_model) == [[own, following]] * len(ranks)
+
+
 def optional_calls(comm: Communicator) -> list[Any]:
     comm.check()
     for call in (comm.suspend, comm.resume, comm.checkpoint_prepare, comm.checkpoint_restore):

@@ -27,7 +27,6 @@ from epmesh_server.ranks.open_exchange import ExchangeStats, OpenExchanges, Requ
 Load = Callable[[tuple[int, ...], tuple[int, ...]], None]
 
 _T = TypeVar("_T")
-_MOE_CLASSES = ("FusedMoE", "SharedFusedMoE")
 
 
 class GroupCollectives(Protocol):
@@ -318,13 +317,6 @@ class CheckedCommunicator(Communicator):
         self, role: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor | None:
         return self.allocate_combine_input(shape, dtype, device) if role == "combine_input" else None
-
-    def prepare_communication_buffer_for_model(self, model: Any) -> None:
-        if not self.is_ep_communicator:
-            return
-        for module in model.modules():
-            if type(module).__name__ in _MOE_CLASSES:
-                module.maybe_init_modular_kernel()
 
     def _routing(self, layer: int | None, is_sequence_parallel: bool) -> Routing | None:
         """How this rank routes for `layer`; `None` where no placement was declared."""
