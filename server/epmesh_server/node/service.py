@@ -22,6 +22,7 @@ from epmesh.v1 import (
     group_service_pb2_grpc,
     rank_service_pb2,
     rank_service_pb2_grpc,
+    router_service_pb2_grpc,
     store_service_pb2_grpc,
 )
 from epmesh_server.node.buffers import BufferPool
@@ -29,11 +30,13 @@ from epmesh_server.node.commands import Commands
 from epmesh_server.node.coordinator_link import CoordinatorLink
 from epmesh_server.node.descriptors import DescriptorBroker
 from epmesh_server.node.follower import EpochFollower
+from epmesh_server.node.front_caller import FrontCaller
 from epmesh_server.node.groups import Groups
 from epmesh_server.node.hosting import RankHosting
 from epmesh_server.node.rank_service import RankService
 from epmesh_server.node.ranks import RankTable
 from epmesh_server.node.registration import Enrolment, Identity
+from epmesh_server.node.router_service import RouterService
 from epmesh_server.node.rpc import TCP_SERVER_OPTIONS, UNIX_SERVER_OPTIONS
 from epmesh_server.node.runtime_dir import DESCRIPTOR_SOCKET, GRPC_SOCKET, runtime_directory
 from epmesh_server.node.settings import NodeSettings
@@ -85,6 +88,8 @@ class Node:
         self._table.on_change = self._link.ranks_changed
         self._hosting.on_links = self._link.links_changed
         self._groups = Groups(settings.coordinator, self._channel, self._board)
+        self._caller = FrontCaller()
+        self._router = RouterService(self._board, self._own_slot, self._caller)
         self._identity = Identity(settings.node_id or "", secrets.randbits(63) | 1, "", package_version())
         self._servers: list[grpc.aio.Server] = []
         self._exit = contextlib.AsyncExitStack()
@@ -97,6 +102,7 @@ class Node:
         """
         self._exit.push_async_callback(self._channel.close, None)
         self._exit.callback(self._follower.close)
+        self._exit.callback(self._caller.close)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         bound = await self._listen_tcp()
         await self._listen_unix()
@@ -173,8 +179,13 @@ class Node:
         rank_service_pb2_grpc.add_RankServiceServicer_to_server(ranks, server)
         discovery_service_pb2_grpc.add_DiscoveryServiceServicer_to_server(Discovery(self._board), server)
         group_service_pb2_grpc.add_GroupServiceServicer_to_server(self._groups, server)
+        router_service_pb2_grpc.add_RouterServiceServicer_to_server(self._router, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         return server
+
+    def _own_slot(self) -> int | None:
+        registration = self._enrolment.current
+        return registration.slot if registration else None
 
     async def _begin(self, server: grpc.aio.Server) -> None:
         await server.start()
