@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import grpc
 import pytest
 
 import epmesh
+from epmesh.channels import open_channel
 from epmesh.testing import LocalMesh
+from epmesh.v1.discovery_service_pb2 import GetViewRequest, WatchViewsRequest
+from epmesh.v1.discovery_service_pb2_grpc import DiscoveryServiceStub
 
 TIMEOUT_S = 15.0
 
@@ -32,6 +36,23 @@ def test_services_of_both_kinds_say_who_is_there(local: LocalMesh, which: str) -
         assert mesh.node_of(1).address == local.addresses[1]
         assert mesh.groups["ep"].ranks == (0, 1)
         assert mesh.placement() == epmesh.linear_placement(4, [0, 1])
+
+
+@pytest.mark.parametrize("which", ["node service", "coordinator"])
+def test_a_watch_counts_from_the_epoch_of_its_own_mesh_only(local: LocalMesh, which: str) -> None:
+    address = local.address if which == "node service" else local.coordinator_address
+    far = 1 << 40
+    with open_channel(address) as channel:
+        stub = DiscoveryServiceStub(channel)
+        stranger = stub.WatchViews(WatchViewsRequest(after_epoch=far, mesh_id="another"), timeout=TIMEOUT_S)
+        answer = next(iter(stranger))
+        stranger.cancel()
+        assert answer.view == local.view().to_proto()
+        assert answer.version == stub.GetView(GetViewRequest(), timeout=TIMEOUT_S).version == epmesh.__version__
+        for mesh_id in ("", answer.view.mesh_id):
+            with pytest.raises(grpc.RpcError) as caught:
+                next(iter(stub.WatchViews(WatchViewsRequest(after_epoch=far, mesh_id=mesh_id), timeout=0.1)))
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 @pytest.mark.fault

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import grpc
 from rich.console import Console, Group, RenderableType
@@ -14,13 +13,13 @@ from rich.live import Live
 
 from epmesh.addresses import split_address
 from epmesh.channels import open_channel
+from epmesh.discovery import Mesh, connect
 from epmesh.errors import DeadlineExceeded, EpmeshError, MeshUnavailable, from_rpc_error
 from epmesh.v1 import discovery_service_pb2, discovery_service_pb2_grpc, rank_service_pb2, rank_service_pb2_grpc
 from epmesh.view import View
 from epmesh_server.cli.tables import view_as_dict, view_as_tables
 
 _TIMEOUT_S = 1.5
-_RETRY_S = 0.5
 
 
 def show(address: str, *, as_json: bool, watch: bool) -> None:
@@ -32,16 +31,30 @@ def show(address: str, *, as_json: bool, watch: bool) -> None:
         NotReady: there is no view yet.
     """
     split_address(address, "address")
-    with open_channel(address) as channel:
-        stub = discovery_service_pb2_grpc.DiscoveryServiceStub(channel)
-        view = _get_view(stub, address)
-        with contextlib.suppress(KeyboardInterrupt):
-            if as_json:
-                _print_json(_views(stub, view, address) if watch else iter([view]))
-            elif watch:
-                _live(_views(stub, view, address))
-            else:
-                Console().print(view_as_tables(view, _describe(channel)))
+    with contextlib.suppress(KeyboardInterrupt):
+        if watch:
+            with connect(address, timeout_s=_TIMEOUT_S) as mesh:
+                _show_all(mesh, as_json=as_json)
+        else:
+            with open_channel(address) as channel:
+                _show_one(channel, address, as_json=as_json)
+
+
+def _show_one(channel: grpc.Channel, address: str, *, as_json: bool) -> None:
+    view = _get_view(discovery_service_pb2_grpc.DiscoveryServiceStub(channel), address)
+    if as_json:
+        _print_json([view])
+    else:
+        Console().print(view_as_tables(view, _describe(channel)))
+
+
+def _show_all(mesh: Mesh, *, as_json: bool) -> None:
+    first = mesh.view  # of epoch 0 perhaps, which `watch` would leave out
+    views = itertools.chain([first], mesh.watch(after_epoch=first.epoch))
+    if as_json:
+        _print_json(views)
+    else:
+        _live(views)
 
 
 def _describe(channel: grpc.Channel) -> rank_service_pb2.DescribeNodeResponse | None:
@@ -61,21 +74,6 @@ def _get_view(stub: discovery_service_pb2_grpc.DiscoveryServiceStub, address: st
     return View.from_proto(answer.view)
 
 
-def _views(stub: discovery_service_pb2_grpc.DiscoveryServiceStub, first: View, address: str) -> Iterator[View]:
-    """`first`, then every later view, for ever; reconnects."""
-    yield first
-    epoch = first.epoch
-    while True:
-        try:
-            for answer in stub.WatchViews(discovery_service_pb2.WatchViewsRequest(after_epoch=epoch)):
-                view = View.from_proto(answer.view)
-                epoch = view.epoch
-                yield view
-        except grpc.RpcError as exc:
-            print(f"epmesh: {_typed(exc, address)}; trying again", file=sys.stderr)
-        threading.Event().wait(_RETRY_S)
-
-
 def _typed(error: grpc.RpcError, address: str) -> EpmeshError:
     typed = from_rpc_error(error, address)
     if isinstance(typed, MeshUnavailable | DeadlineExceeded):
@@ -84,12 +82,12 @@ def _typed(error: grpc.RpcError, address: str) -> EpmeshError:
     return typed
 
 
-def _print_json(views: Iterator[View]) -> None:
+def _print_json(views: Iterable[View]) -> None:
     for view in views:
         print(json.dumps(view_as_dict(view)), flush=True)
 
 
-def _live(views: Iterator[View]) -> None:
+def _live(views: Iterable[View]) -> None:
     with Live(console=Console(), auto_refresh=False) as live:
         for view in views:
             live.update(_framed(view), refresh=True)
