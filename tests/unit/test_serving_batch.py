@@ -1,0 +1,193 @@
+"""Which shares go into the next call of the experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from epmesh import InvalidRequest, Overloaded
+from epmesh_server.ranks.serving_batch import BatchLimits, BatchQueue
+
+LONG = 1e9
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A share."""
+
+    key: str = "a"
+    num_rows: int = 1
+    num_bytes: int = 1
+    deadline: float = LONG
+    cancelled: bool = field(default=False)
+
+
+def queue_of(*shares: Waiting, now: float = 0.0, **limits: Any) -> BatchQueue[Waiting]:
+    queue: BatchQueue[Waiting] = BatchQueue(BatchLimits(**limits))
+    for share in shares:
+        queue.put(share, now)
+    return queue
+
+
+def test_a_lone_share_goes_at_once() -> None:
+    share = Waiting()
+    queue = queue_of(share, now=5.0, max_wait_s=0.5)
+    assert queue.wait_s(5.0) == 0.0
+    assert queue.take(5.0) == [share]
+    assert queue.take(5.0) == []
+    assert queue.wait_s(5.0) is None
+
+
+def test_shares_of_one_key_go_together_and_others_after_them_in_the_order_of_their_oldest() -> None:
+    a1, b1, a2, c1, b2 = (Waiting(key) for key in "abacb")
+    queue = queue_of(a1, b1, a2, c1, b2, max_wait_s=0.0)
+    assert [queue.take(0.0) for _ in range(4)] == [[a1, a2], [b1, b2], [c1], []]
+
+
+def test_a_batch_has_no_more_rows_than_the_limit_unless_one_share_has() -> None:
+    small = [Waiting(num_rows=4) for _ in range(3)]
+    large = Waiting(num_rows=50)
+    queue = queue_of(*small, large, max_batch_rows=10)
+    assert [len(queue.take(0.0)) for _ in range(3)] == [2, 1, 1]
+    assert queue.queued_rows == 0
+
+
+def test_an_idle_rank_waits_for_company_only_where_requests_have_come_that_fast() -> None:
+    slow = queue_of(max_wait_s=0.001)
+    for now in (0.0, 1.0, 2.0):
+        slow.put(Waiting(), now)
+        assert len(slow.take(now)) == 1
+    fast = queue_of(max_wait_s=0.001)
+    for count in range(5):
+        fast.put(Waiting(), count * 0.0001)
+    assert fast.take(0.0004) == []
+    assert fast.wait_s(0.0004) == pytest.approx(0.0006)
+    assert len(fast.take(0.001)) == 5
+
+
+def test_a_full_batch_another_key_or_arrival_during_a_computation_ends_the_wait() -> None:
+    def busy(**limits: Any) -> BatchQueue[Waiting]:
+        queue = queue_of(max_wait_s=0.001, **limits)
+        for count in range(5):
+            queue.put(Waiting(), count * 0.0001)
+        return queue
+
+    assert len(busy(max_batch_rows=5).take(0.0004)) == 5
+    with_another = busy()
+    with_another.put(Waiting("b"), 0.0004)
+    assert len(with_another.take(0.0004)) == 5
+    after_a_batch = busy()
+    after_a_batch.computed(1, 0.1, 0.0004)
+    assert len(after_a_batch.take(0.0004)) == 5
+
+
+def test_cancelled_and_expired_shares_are_passed_over_and_told_of() -> None:
+    cancelled, expired, alive = Waiting(), Waiting(deadline=1.0), Waiting()
+    queue = queue_of(cancelled, expired, alive, now=0.0)
+    cancelled.cancelled = True
+    assert queue.take(1.0) == [alive]
+    assert queue.dropped == [cancelled, expired]
+    assert (queue.queued_rows, queue.queued_bytes, len(queue)) == (0, 0, 0)
+
+
+def test_bytes_beyond_the_budget_are_refused_with_how_long_the_rest_may_take() -> None:
+    queue = queue_of(Waiting(num_rows=100, num_bytes=80), max_queued_bytes=100)
+    with pytest.raises(Overloaded) as guess:
+        queue.put(Waiting(num_bytes=21), 0.0)
+    queue.computed(1000, 2.0, 0.0)
+    with pytest.raises(Overloaded) as measured:
+        queue.put(Waiting(num_bytes=21), 0.0)
+    queue.put(Waiting(num_bytes=20), 0.0)
+    assert guess.value.retry_after_s > 0
+    assert measured.value.retry_after_s == pytest.approx(0.2)
+
+
+def test_what_waits_can_be_taken_out_in_the_order_it_came_in() -> None:
+    shares = [Waiting(key) for key in "abcab"]
+    queue = queue_of(*shares)
+    assert queue.drain() == shares
+    assert (len(queue), queue.queued_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("wrong", [{"max_batch_rows": 0}, {"max_wait_s": -1.0}, {"max_queued_bytes": 0}])
+def test_limits_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest):
+        BatchLimits(**wrong)
+
+
+SHARES = st.builds(
+    Waiting,
+    key=st.sampled_from("abc"),
+    num_rows=st.integers(0, 12),
+    num_bytes=st.integers(0, 40),
+    deadline=st.one_of(st.just(LONG), st.floats(0, 10)),
+)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("put"), SHARES),
+        st.tuples(st.just("take"), st.none()),
+        st.tuples(st.just("cancel"), st.integers(0, 40)),
+        st.tuples(st.just("pass"), st.floats(0, 1)),
+    ),
+    max_size=60,
+)
+
+
+@given(STEPS)
+def test_whatever_comes_every_share_leaves_once_in_order_and_within_bounds(steps: list[tuple[str, Any]]) -> None:
+    limits = BatchLimits(max_batch_rows=10, max_wait_s=0.25, max_queued_bytes=100)
+    queue: BatchQueue[Waiting] = BatchQueue(limits)
+    now = 0.0
+    accepted: list[Waiting] = []
+    left: list[Waiting] = []
+
+    def take() -> None:
+        oldest = next((share for share in accepted if share not in left and alive(share)), None)
+        batch = queue.take(now)
+        left.extend(queue.dropped)
+        assert all(not alive(share) for share in queue.dropped)
+        queue.dropped = []
+        if batch:
+            assert batch[0] is oldest  # whoever waits longest is never passed over
+            assert len({share.key for share in batch}) == 1
+            assert all(alive(share) for share in batch)
+            assert len(batch) == 1 or sum(share.num_rows for share in batch) <= limits.max_batch_rows
+            assert batch == [share for share in accepted if share in batch]
+            assert not set(map(id, batch)) & set(map(id, left))
+            left.extend(batch)
+            queue.computed(sum(share.num_rows for share in batch), 0.01, now)
+        elif oldest is not None:
+            wait_s = queue.wait_s(now)
+            assert wait_s is not None
+            assert 0 < wait_s <= limits.max_wait_s
+
+    def alive(share: Waiting) -> bool:
+        return not share.cancelled and share.deadline > now
+
+    for what, value in steps:
+        if what == "put":
+            if queue.queued_bytes + value.num_bytes <= limits.max_queued_bytes:
+                queue.put(value, now)
+                accepted.append(value)
+            else:
+                with pytest.raises(Overloaded) as refusal:
+                    queue.put(value, now)
+                assert 0 < refusal.value.retry_after_s <= 5
+        elif what == "take":
+            take()
+        elif what == "cancel" and value < len(accepted):
+            accepted[value].cancelled = True
+        elif what == "pass":
+            now += value
+        assert queue.queued_bytes <= limits.max_queued_bytes
+    while len(queue):
+        now += limits.max_wait_s
+        before = len(queue)
+        take()
+        assert len(queue) < before  # after the longest wait something always goes
+    assert sorted(map(id, left)) == sorted(map(id, accepted))
+    assert (queue.queued_rows, queue.queued_bytes) == (0, 0)
