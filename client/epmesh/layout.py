@@ -24,12 +24,13 @@ _ELSEWHERE, _REPLICATED = 127, 128  # target codes: low 7 bits index the node's 
 
 @dataclass(frozen=True)
 class Topology:
-    """Members of a group and the nodes they are on, as one member sees them.
+    """Members of a group and the nodes they are on, as one source of rows sees them.
 
     Attributes:
         ranks: global ranks in group order.
         slots: the slot of each member's node.
-        me: position of the rank this topology is for.
+        me: position of the rank this topology is for; -1 for a source that is no member, such as a router: no node is
+            its own, so every node is a remote one.
     """
 
     ranks: tuple[int, ...]
@@ -51,13 +52,13 @@ class Topology:
 
     @property
     def slot(self) -> int:
-        """Slot of this rank's node."""
-        return self.slots[self.me]
+        """Slot of this rank's node; -1 where the source is no member."""
+        return self.slots[self.me] if self.me >= 0 else -1
 
     @cached_property
     def local(self) -> tuple[int, ...]:
-        """Positions of the members on this rank's node, itself included."""
-        return self.members[self.slot]
+        """Positions of the members on this rank's node, itself included; none where the source is no member."""
+        return self.members.get(self.slot, ())
 
     @cached_property
     def remote_slots(self) -> tuple[int, ...]:
@@ -85,6 +86,8 @@ class Topology:
     @cached_property
     def relayed(self) -> tuple[int, ...]:
         """Positions on other nodes whose rail on this node is this rank, ascending."""
+        if self.me < 0:
+            return ()
         return tuple(p for p, slot in enumerate(self.slots) if slot != self.slot and self.rail(p, self.slot) == self.me)
 
 
@@ -129,8 +132,13 @@ class Reach:
 
 
 def make_reach(topology: Topology, stride: int, tensor_parallel_size: int = 1) -> Reach:
-    """The reach of a source whose block of `tensor_parallel_size` ranks holds the same tokens; 1: the source alone."""
+    """The reach of a source whose block of `tensor_parallel_size` ranks holds the same tokens; 1: the source alone.
+
+    A source that is no member has no siblings and may send to everyone.
+    """
     everyone = tuple(range(topology.world_size))
+    if topology.me < 0:
+        return Reach(everyone, (), everyone)
     if tensor_parallel_size <= 1:
         return Reach(everyone, (topology.me,), everyone)
     blocks = [rank // stride * stride + rank % stride // tensor_parallel_size for rank in topology.ranks]
@@ -165,7 +173,7 @@ def make_routing(placement: Placement, topology: Topology, reach: Reach) -> Rout
         candidates[expert, : len(positions)] = [p if p in eligible else -1 for p in positions]
     available = np.array([bool(positions) for positions in alive], np.bool_)
     replicated = np.array([len(positions) > 1 for positions in alive], np.bool_)
-    return Routing(candidates, counts, available, replicated, min(reach.siblings))
+    return Routing(candidates, counts, available, replicated, min(reach.siblings, default=0))
 
 
 def _nearest(positions: list[int], siblings: Sequence[int], topology: Topology) -> list[int]:
@@ -232,10 +240,9 @@ def routed_layout(topk_ids: npt.NDArray[np.integer], routing: Routing, topology:
         ExpertUnavailable: an id's expert has no living holder.
     """
     ids = topk_ids.astype(np.int64, copy=False)
-    _check_ids(ids, routing)
+    targets = choose_targets(ids, routing)
     wanted = ids >= 0
     safe = np.where(wanted, ids, 0)
-    targets = _choose(safe, wanted, routing)
     hits = np.zeros((len(ids), topology.world_size + 1), np.bool_)
     np.put_along_axis(hits, np.where(targets < 0, topology.world_size, targets), True, axis=1)
     rows_to = tuple(np.flatnonzero(hits[:, position]) for position in range(topology.world_size))
@@ -247,6 +254,22 @@ def routed_layout(topk_ids: npt.NDArray[np.integer], routing: Routing, topology:
         rows_to_node[slot] = rows
         codes[slot] = _codes(targets[rows], replicated[rows] if replicated is not None else None, slot, topology)
     return Layout(len(ids), rows_to, rows_to_node, codes, targets, replicated)
+
+
+def choose_targets(topk_ids: npt.NDArray[np.integer], routing: Routing) -> Ints:
+    """The position that computes each id, -1 for none: replicas of an expert take turns in row order.
+
+    Args:
+        topk_ids: ``[num_tokens, num_topk]``, -1 means no expert.
+
+    Raises:
+        InvalidRequest: an id is out of range.
+        ExpertUnavailable: an id's expert has no living holder.
+    """
+    ids = topk_ids.astype(np.int64, copy=False)
+    _check_ids(ids, routing)
+    wanted = ids >= 0
+    return _choose(np.where(wanted, ids, 0), wanted, routing)
 
 
 def relay_rows(codes: npt.NDArray[np.uint8] | None, num_rows: int, member: int) -> Ints:
