@@ -23,6 +23,7 @@ from epmesh.errors import (
     Unauthenticated,
 )
 from epmesh.placement import Placement, linear_placement
+from epmesh.router import AsyncRouter, Router
 from epmesh.version import VERSION
 from epmesh.view import GroupInfo, NodeInfo, RankInfo, RankMode, View
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = VERSION
 
 __all__ = [
+    "AsyncRouter",
     "Communicator",
     "DeadlineExceeded",
     "EpmeshError",
@@ -48,6 +50,7 @@ __all__ = [
     "Placement",
     "RankInfo",
     "RankMode",
+    "Router",
     "StaleEpoch",
     "Unauthenticated",
     "View",
