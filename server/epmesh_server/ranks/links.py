@@ -32,7 +32,7 @@ RECONNECT_MS, RECONNECT_MAX_MS = 25, 100  # several attempts within the watcher'
 MAX_INBOX_BYTES = 1 << 32
 HOLE_PATIENCE_S = 5.0  # how long a missing message is waited for; a sender asks at once after a reconnect
 _FOLLOWER_POLL_MS = 5
-_MEND_POLL_S, _TEND_POLL_S = 0.02, 0.25
+_MEND_POLL_S, _TEND_POLL_S = 0.01, 0.25
 _TEND_BYTES = 16 << 20  # a sender that keeps more looks for receipts even when it sends nothing
 
 Key = tuple[int, int, int, int]  # kind, sequence, step, source
