@@ -11,12 +11,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 # Arguments for one run: `make test ARGS="-k placement -x"`.
 ARGS ?=
-PY_DIRS := $(wildcard client server tests examples benchmarks proto)
+PY_DIRS := $(wildcard client server tests examples benchmarks proto docs)
 
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check format bench proto clean distclean
+.PHONY: help setup demo test check format bench proto docs clean distclean
 
 help:  ## say what there is (the default)
 	@echo "epmesh: expert-parallel all-to-all as a service"
@@ -69,6 +69,9 @@ bench: $(STAMP)  ## dispatch + combine beside all-gather/reduce-scatter over Glo
 proto:  ## regenerate the stubs under client/epmesh/v1 from proto/
 	@PYTHON="$(PYTHON)" proto/generate.sh client
 	@echo "proto: client/epmesh/v1 is what proto/ says"
+
+docs:  ## regenerate docs/api.md from the docstrings
+	@"$(PYTHON)" docs/generate_api.py
 
 clean:  ## remove caches and build output
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
