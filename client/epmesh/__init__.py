@@ -1,11 +1,13 @@
 """epmesh: expert-parallel all-to-all as a service.
 
 ``epmesh.join`` makes this process a rank of a mesh; the `Communicator` it returns dispatches tokens to the ranks that
-hold their experts and combines the results. Importing this package needs no torch; `join` does.
+hold their experts and combines the results. `DeviceCommunicator` does so over process groups of the caller's. Importing
+this package needs no torch; those two do.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from epmesh.communicator import Communicator, Handle
@@ -28,6 +30,7 @@ from epmesh.version import VERSION
 from epmesh.view import GroupInfo, NodeInfo, RankInfo, RankMode, View
 
 if TYPE_CHECKING:
+    from epmesh_server.ranks.device_communicator import DeviceCommunicator
     from epmesh_server.ranks.join import join
 
 __version__ = VERSION
@@ -36,6 +39,7 @@ __all__ = [
     "AsyncRouter",
     "Communicator",
     "DeadlineExceeded",
+    "DeviceCommunicator",
     "EpmeshError",
     "ExpertUnavailable",
     "GroupInfo",
@@ -60,15 +64,21 @@ __all__ = [
 ]
 
 
+_WITH_TORCH = {
+    "DeviceCommunicator": "epmesh_server.ranks.device_communicator",
+    "join": "epmesh_server.ranks.join",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """Reaches the server package for what needs torch: ``join``."""
-    if name != "join":
+    """Reaches the server package for what needs torch."""
+    if name not in _WITH_TORCH:
         raise AttributeError(f"module 'epmesh' has no attribute {name!r}")
     try:
-        from epmesh_server.ranks.join import join
+        found = getattr(importlib.import_module(_WITH_TORCH[name]), name)
     except ModuleNotFoundError as exc:
         if exc.name in {"torch", "epmesh_server"}:
-            raise ImportError("epmesh.join needs torch; install it with: pip install 'epmesh[server]'") from exc
+            raise ImportError(f"epmesh.{name} needs torch; install it with: pip install 'epmesh[server]'") from exc
         raise
-    globals()["join"] = join
-    return join
+    globals()[name] = found
+    return found

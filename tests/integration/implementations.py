@@ -15,6 +15,7 @@ import pytest
 
 from epmesh.testing import LocalMesh
 from tests.integration.contract import MAX_TOKENS, Feature, Shape
+from tests.integration.flat_ranks import start_flat_ranks
 from tests.integration.targets import Runner
 
 EXCHANGE_TIMEOUT_S = 20.0
@@ -63,6 +64,17 @@ IMPLEMENTATIONS = (
         start=start_local_mesh,
         shapes=(Shape(1, 1), Shape(1, 4), Shape(2, 1), Shape(2, 2), Shape(4, 2)),
         tensor_parallel_shapes=(Shape(1, 4, 2), Shape(2, 2, 2), Shape(2, 4, 2)),
+    ),
+    Implementation(
+        name="device",
+        start=start_flat_ranks,
+        shapes=(Shape(1, 1), Shape(2, 2)),
+        tensor_parallel_shapes=(Shape(2, 2, 2),),
+        lacks={
+            Feature.GROUPS: "a DeviceCommunicator is over the groups that its caller made",
+            Feature.NODES: "a DeviceCommunicator does not know which ranks share a host",
+            Feature.VIEWS: "there is no mesh behind a DeviceCommunicator",
+        },
     ),
 )
 

@@ -60,10 +60,10 @@ class Collectives:
         numbers = [length for tensor in tensors for length in tensor.shape]
 
         def run(calls: dict[int, Call]) -> list[list[torch.Tensor]]:
-            shapes = [_split(calls[rank].numbers, tensors) for rank in self._topology.ranks]
-            sizes = [_sizes(shape, tensors) for shape in shapes]
+            shapes = [split_shapes(calls[rank].numbers, tensors) for rank in self._topology.ranks]
+            sizes = [block_sizes(shape, tensors) for shape in shapes]
             blocks = self._gather_bytes(np.concatenate(own), [sum(size) for size in sizes])
-            return [_cut(block, shape, tensors) for block, shape in zip(blocks, shapes, strict=True)]
+            return [cut_block(block, shape, tensors) for block, shape in zip(blocks, shapes, strict=True)]
 
         return self._numbered(describe(method, arguments, numbers), run)
 
@@ -80,7 +80,7 @@ class Collectives:
             rails = {slot: self._topology.rail(self._topology.me, slot) for slot in self._topology.remote_slots}
             others = self._await(rails, step)
             parts = {slot: self._tensor(message, mine) for slot, message in others.items()}
-            return _sum_parts({**parts, self._topology.slot: mine})
+            return sum_parts({**parts, self._topology.slot: mine})
 
         return self._numbered(describe(method, arguments), run)
 
@@ -195,7 +195,7 @@ class Collectives:
             for peer in peers.values():
                 self._post(peer, part, step)
             others = {slot: self._tensor(message, part) for slot, message in self._await(peers, step).items()}
-            part.copy_(_sum_parts({**others, topology.slot: part}))
+            part.copy_(sum_parts({**others, topology.slot: part}))
         for index in range(lanes):
             self._share(as_bytes(flat[bounds[index] : bounds[index + 1]]), index)
         return total
@@ -257,7 +257,7 @@ def _shape(tensor: torch.Tensor) -> str:
     return f"{dtype_name(tensor.dtype)}{list(tensor.shape)}"
 
 
-def _sum_parts(parts: Mapping[int, torch.Tensor]) -> torch.Tensor:
+def sum_parts(parts: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """Adds node sums in slot order and rounds once."""
     first, *rest = (parts[slot] for slot in sorted(parts))
     if not rest:
@@ -268,7 +268,7 @@ def _sum_parts(parts: Mapping[int, torch.Tensor]) -> torch.Tensor:
     return total.to(first.dtype)
 
 
-def _split(numbers: Sequence[int], tensors: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
+def split_shapes(numbers: Sequence[int], tensors: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
     """The shapes of one member's tensors, from the numbers of its call."""
     if len(numbers) != sum(tensor.dim() for tensor in tensors):
         raise InvalidRequest(f"a member announced {len(numbers)} lengths for {len(tensors)} tensors")
@@ -276,14 +276,15 @@ def _split(numbers: Sequence[int], tensors: Sequence[torch.Tensor]) -> list[tupl
     return [tuple(itertools.islice(rest, tensor.dim())) for tensor in tensors]
 
 
-def _sizes(shapes: Sequence[tuple[int, ...]], tensors: Sequence[torch.Tensor]) -> list[int]:
+def block_sizes(shapes: Sequence[tuple[int, ...]], tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Bytes of one member's tensors, by their shapes."""
     return [math.prod(shape) * tensor.element_size() for shape, tensor in zip(shapes, tensors, strict=True)]
 
 
-def _cut(block: Bytes, shapes: Sequence[tuple[int, ...]], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def cut_block(block: Bytes, shapes: Sequence[tuple[int, ...]], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """One member's bytes as its tensors."""
-    ends = itertools.accumulate(_sizes(shapes, tensors))
+    ends = itertools.accumulate(block_sizes(shapes, tensors))
     pieces = []
-    for shape, tensor, size, end in zip(shapes, tensors, _sizes(shapes, tensors), ends, strict=True):
+    for shape, tensor, size, end in zip(shapes, tensors, block_sizes(shapes, tensors), ends, strict=True):
         pieces.append(from_bytes(block[end - size : end].copy(), tensor.dtype, shape))
     return pieces

@@ -11,6 +11,7 @@ from epmesh.errors import InvalidRequest, MeshUnavailable, NotReady
 from epmesh.placement import Placement
 from epmesh.view import RankMode, View
 from epmesh_server.ranks import arguments as args
+from epmesh_server.ranks.all2all import All2AllManager
 from epmesh_server.ranks.calls import describe
 from epmesh_server.ranks.checked_communicator import CheckedCommunicator
 from epmesh_server.ranks.collectives import Collectives
@@ -60,7 +61,7 @@ class JoinedCommunicator(CheckedCommunicator):
         self.ranks = list(topology.ranks)
         self.global_world_size = len(view.ranks)
         self.use_all2all = self.is_ep_communicator and self.world_size > 1
-        self.all2all_manager = self._exchange
+        self.all2all_manager = All2AllManager(self, view.tensor_parallel_size)
 
     @property
     def cpu_group(self) -> Any:

@@ -92,7 +92,7 @@ class DispatchStage:
             if position != self._topology.me:
                 self._post_neighbour(position, encoded)
 
-    def keep_own_rows(self) -> None:
+    def let_caller_go(self) -> None:
         """Copies the rows this rank has for itself, because its caller may change them before `assemble`."""
         if self._layout is not None:
             rows = self._own_rows()

@@ -28,7 +28,7 @@ from epmesh_server.shared_memory import BufferLayout
 
 
 class Exchange(OpenExchanges[GroupMember]):
-    """Runs the exchanges of one group on one rank: the object behind ``all2all_manager``."""
+    """Runs the exchanges of one group on one rank."""
 
     turns = BufferLayout.TURNS
 

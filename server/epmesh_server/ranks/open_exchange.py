@@ -63,8 +63,8 @@ class WayThere(Protocol):
     def post(self, call: Call) -> None:
         """Sends this rank's part."""
 
-    def keep_own_rows(self) -> None:
-        """Copies the rows that are still read from the caller's tensors."""
+    def let_caller_go(self) -> None:
+        """Lets the dispatch go on while its caller does something else, such as changing its tensors."""
 
     def wait(self) -> object:
         """Waits for everybody's part; raises where the calls do not agree or a member refused."""
@@ -209,10 +209,10 @@ class OpenExchange(Handle):
         self._received = self._request.shape(rows)
         self._owner.count(stage, time.perf_counter() - started)
 
-    def keep_own_rows(self) -> None:
-        """Copies what this rank has for itself, if the rows were not taken in yet."""
+    def let_caller_go(self) -> None:
+        """Lets the dispatch go on while its caller does something else, if the rows were not taken in yet."""
         if self._stage is not None:
-            self._stage.keep_own_rows()
+            self._stage.let_caller_go()
 
     def check_results(
         self,
@@ -316,7 +316,7 @@ class OpenExchanges(abc.ABC, Generic[AnyMember]):
     def start(self, request: Request) -> OpenExchange:
         """Sends rows out; the caller may change its tensors as soon as this returns."""
         exchange = self._start(request)
-        exchange.keep_own_rows()
+        exchange.let_caller_go()
         return exchange
 
     def _start(self, request: Request) -> OpenExchange:

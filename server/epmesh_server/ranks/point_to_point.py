@@ -27,14 +27,14 @@ class PointToPoint:
         self._sent: dict[int, int] = {}  # position -> number of the last message
         self._received: dict[int, int] = {}
         self._unread: dict[int, deque[tuple[int, int]]] = {}  # position -> (number, bytes) not taken yet
-        self._to_self: deque[torch.Tensor] = deque()
+        self._to_self = MessagesToSelf()
 
     def send(self, tensor: torch.Tensor, dst: int) -> None:
         """Sends; waits only while `dst` has more than `BUDGET_BYTES` of ours unread."""
         member = self._member
         member.check(0)
         if dst == member.topology.me:
-            self._to_self.append(tensor.clone())
+            self._to_self.send(tensor)
             return
         data = as_bytes(tensor).copy()
         unread = self._unread.setdefault(dst, deque())
@@ -53,12 +53,12 @@ class PointToPoint:
             InvalidRequest: it has another shape or dtype; the message is gone.
         """
         if src == self._member.topology.me:
-            return self._from_self(shape, dtype)
+            return self._to_self.recv(shape, dtype)
         message = self._next(src)
         meta = message.header.tensors[0]
         if list(meta.shape) != list(shape) or meta.dtype != dtype_name(dtype):
             rank = self._member.global_rank(src)
-            raise _mismatch(f"{meta.dtype}{list(meta.shape)}", f"rank {rank}", shape, dtype)
+            raise mismatch(f"{meta.dtype}{list(meta.shape)}", f"rank {rank}", shape, dtype)
         return from_bytes(message.tensors[0], dtype, shape).clone()
 
     def _next(self, src: int) -> Message:
@@ -84,14 +84,27 @@ class PointToPoint:
             unread.popleft()
         return not unread or sum(waiting for _, waiting in unread) + size <= BUDGET_BYTES
 
-    def _from_self(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        if not self._to_self:
+
+class MessagesToSelf:
+    """What a rank sends to itself."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[torch.Tensor] = deque()
+
+    def send(self, tensor: torch.Tensor) -> None:
+        """Keeps a copy."""
+        self._waiting.append(tensor.clone())
+
+    def recv(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The oldest one, which must have this shape and dtype; there must be one, for nobody else could send it."""
+        if not self._waiting:
             raise InvalidRequest("recv from this rank itself, to which nothing was sent")
-        tensor = self._to_self.popleft()
+        tensor = self._waiting.popleft()
         if list(tensor.shape) != list(shape) or tensor.dtype != dtype:
-            raise _mismatch(f"{dtype_name(tensor.dtype)}{list(tensor.shape)}", "this rank", shape, dtype)
+            raise mismatch(f"{dtype_name(tensor.dtype)}{list(tensor.shape)}", "this rank", shape, dtype)
         return tensor
 
 
-def _mismatch(sent: str, by: str, shape: Sequence[int], dtype: torch.dtype) -> InvalidRequest:
+def mismatch(sent: str, by: str, shape: Sequence[int], dtype: torch.dtype) -> InvalidRequest:
+    """What a receiver raises that expected another tensor."""
     return InvalidRequest(f"recv expected {dtype_name(dtype)}{list(shape)}, but {by} sent {sent}; make them equal")

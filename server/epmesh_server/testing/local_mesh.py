@@ -31,7 +31,7 @@ from epmesh_server.testing.ports import HOST, Port
 from epmesh_server.testing.preload import start_mesh_fork_server
 from epmesh_server.testing.rank_runner import RankSettings, rank_main
 from epmesh_server.testing.services import coordinator_main, node_main
-from epmesh_server.testing.worker import Worker
+from epmesh_server.worker import Worker
 
 _GRACE_S = 0.8
 _VIEW_TIMEOUT_S = 5.0

@@ -20,22 +20,30 @@ class Worker:
         self._name = name
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._newest: Future[Any] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether something submitted is not done yet."""
+        return self._newest is not None and not self._newest.done()
 
     def submit(self, call: Callable[[], Any]) -> Future[Any]:
         """Runs `call` when those before it are done."""
         future: Future[Any] = Future()
+        self._newest = future
         self._calls.put((future, call))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
         return future
 
-    def close(self) -> None:
-        """Returns when everything submitted is done; idempotent."""
-        if self._thread is not None:
+    def close(self, *, wait: bool = True) -> None:
+        """Ends the thread once everything submitted is done, and by default waits for that; idempotent."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
             self._calls.put(None)
-            self._thread.join()
-            self._thread = None
+            if wait:
+                thread.join()
 
     def _run(self) -> None:
         while (entry := self._calls.get()) is not None:

@@ -1,0 +1,94 @@
+"""send and recv over a process group: a head that says what comes, then the bytes; in order for each two members."""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from epmesh.errors import InvalidRequest
+from epmesh.frames import num_bytes
+from epmesh.v1 import frame_pb2
+from epmesh_server.ranks.flat_member import FlatMember
+from epmesh_server.ranks.point_to_point import BUDGET_BYTES, MessagesToSelf, mismatch
+from epmesh_server.ranks.tensors import Bytes, as_bytes, dtype_name, from_bytes, meta_of
+
+_HEAD = struct.Struct("<IxxxxQ")  # bytes of the TensorMeta that follows; messages taken of the receiver
+_HEAD_BYTES = 256  # head and TensorMeta, which has at most 8 dimensions
+
+
+class FlatMessages:
+    """One rank's sends and receives in one group."""
+
+    def __init__(self, member: FlatMember) -> None:
+        world_size = member.topology.world_size
+        self._member = member
+        self._sent = [0] * world_size
+        self._unread: list[deque[_Sent]] = [deque() for _ in range(world_size)]
+        self._to_self = MessagesToSelf()
+
+    def send(self, tensor: torch.Tensor, dst: int) -> None:
+        """Sends; waits only while `dst` has more than `BUDGET_BYTES` of ours unread."""
+        member = self._member
+        if dst == member.topology.me:
+            self._to_self.send(tensor)
+            return
+        data = as_bytes(tensor).copy()
+        self._make_room(dst, data.size)
+        works = [member.mail.send(_head(tensor, member.taken[dst]), dst)]
+        if data.size:
+            works.append(member.mail.send(data, dst))
+        self._sent[dst] += 1
+        self._unread[dst].append(_Sent(self._sent[dst], data.size, works))
+
+    def recv(self, shape: Sequence[int], dtype: torch.dtype, src: int) -> torch.Tensor:
+        """Receives the next message of `src`.
+
+        Raises:
+            InvalidRequest: it has another shape or dtype; the message is gone.
+        """
+        member = self._member
+        if src == member.topology.me:
+            return self._to_self.recv(shape, dtype)
+        length, acknowledged, head = _read(member.mail.recv(_HEAD_BYTES, src))
+        meta = frame_pb2.TensorMeta.FromString(head[:length])
+        data = member.mail.recv(num_bytes(meta), src)
+        member.taken[src] += 1
+        member.acknowledged[src] = max(member.acknowledged[src], acknowledged)
+        if list(meta.shape) != list(shape) or meta.dtype != dtype_name(dtype):
+            sent = f"{meta.dtype}{list(meta.shape)}"
+            raise mismatch(sent, f"rank {member.topology.ranks[src]}", shape, dtype)
+        return from_bytes(data, dtype, shape)
+
+    def _make_room(self, dst: int, size: int) -> None:
+        """Forgets what was taken; waits for the oldest messages where too much is left."""
+        member, unread = self._member, self._unread[dst]
+        while unread and unread[0].number <= member.acknowledged[dst]:
+            unread.popleft()
+        while unread and sum(sent.size for sent in unread) + size > BUDGET_BYTES:
+            for work in unread[0].works:
+                member.mail.await_peer(work, dst)
+            unread.popleft()
+
+
+class _Sent:
+    """A message that its receiver may not have taken yet, and the works that keep its bytes."""
+
+    def __init__(self, number: int, size: int, works: list[Any]) -> None:
+        self.number, self.size, self.works = number, size, works
+
+
+def _head(tensor: torch.Tensor, taken: int) -> Bytes:
+    meta = meta_of(tensor).SerializeToString()
+    return np.frombuffer((_HEAD.pack(len(meta), taken) + meta).ljust(_HEAD_BYTES, b"\0"), np.uint8).copy()
+
+
+def _read(head: Bytes) -> tuple[int, int, bytes]:
+    length, taken = _HEAD.unpack_from(head.data)
+    if length > _HEAD_BYTES - _HEAD.size:
+        raise InvalidRequest(f"a head announced {length} bytes; {_HEAD_BYTES - _HEAD.size} fit")
+    return length, taken, head[_HEAD.size :].tobytes()
