@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,8 @@ def connect(address: str | Sequence[str], *, timeout_s: float = 10.0) -> Mesh:
 
     Args:
         address: host:port of a node service or coordinator, or several of one mesh. The first that answers is used;
-            when it goes away, the next. Names are looked up at every try, so they may come late or change.
+            when it goes away, the next, and then the nodes that the newest view names, so one address may do. Names
+            are looked up at every try: they may come late, or change.
         timeout_s: how long the first answer may take. Later the `Mesh` reconnects for as long as it is open.
 
     Raises:
@@ -67,7 +69,8 @@ class Mesh:
         """Begins to connect. Call `connect`, which checks the addresses and waits for an answer."""
         self._addresses = tuple(addresses)
         self._state = MeshState()
-        self._close = weakref.finalize(self, _end, self._state, ViewReader(self._addresses, self._state))
+        reader = ViewReader(self._addresses, self._state)
+        self._close = weakref.finalize(self, _end, self._state, reader, os.getpid())
 
     def __repr__(self) -> str:
         how = "closed" if self._state.closed else "connected" if self.connected else "reconnecting"
@@ -109,7 +112,7 @@ class Mesh:
 
     @property
     def problems(self) -> Mapping[str, EpmeshError]:
-        """By address: why the last try there failed. An address that works, or was not tried, is not in it."""
+        """By address given to `connect`: why the last try there failed; none where it works or was not tried."""
         return dict(self._state.problems)
 
     # What comes --------------------------------------------------------------------------------------------------
@@ -236,9 +239,10 @@ class Mesh:
         return NotReady(f"no such view within {timeout_s:g} s; {seen}, says {self.address}")
 
 
-def _end(state: MeshState, reader: ViewReader) -> None:
-    state.close()
-    reader.close()
+def _end(state: MeshState, reader: ViewReader, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child has neither the thread nor a right to the connection
+        state.close()
+        reader.close()
 
 
 def _check_timeout(timeout_s: object) -> None:

@@ -64,10 +64,11 @@ class MeshState:
             except Exception:  # noqa: BLE001 - a callback's error is its owner's, and must not end the watch
                 _log.exception("epoch=%d on_view.failed: %r", view.epoch, callback)
 
-    def failed(self, address: str, error: EpmeshError) -> None:
-        """The service at `address` did not answer, or is gone."""
+    def failed(self, address: str | None, error: EpmeshError) -> None:
+        """The service at `address` did not answer, or is gone; `None` for one whose problem nobody will ask for."""
         with self._changed:
-            self.problems = {**self.problems, address: error}
+            if address is not None:
+                self.problems = {**self.problems, address: error}
             self.connected = False
         self._tell()
 

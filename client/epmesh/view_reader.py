@@ -14,6 +14,7 @@ import grpc
 from epmesh.channels import ONE_TRY_OPTIONS, open_channel
 from epmesh.errors import DeadlineExceeded, EpmeshError, MeshUnavailable, from_rpc_error
 from epmesh.mesh_state import MeshState
+from epmesh.rotation import Rotation
 from epmesh.v1 import discovery_service_pb2 as discovery
 from epmesh.v1 import discovery_service_pb2_grpc as discovery_rpc
 from epmesh.version import VERSION, check_compatible
@@ -23,26 +24,14 @@ _log = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_S = 2.0
 STEADY_S = 1.0
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 _JOIN_TIMEOUT_S = 2.0
-
-
-def pause_s(failures: int, num_addresses: int) -> float:
-    """Seconds to wait before the next try after `failures` in a row, at most.
-
-    One round over all addresses needs no pause. Then there is one before each round, twice as long every time, up to
-    `LONGEST_PAUSE_S`.
-    """
-    rounds, place = divmod(failures, num_addresses)
-    if rounds == 0 or place != 0:
-        return 0.0
-    return float(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(rounds - 1, 16)))
 
 
 class ViewReader:
     """Writes the views of the first service that answers into a `MeshState`; goes on with the next when it goes away.
 
-    Tries for ever, until closed. Every try has a channel of its own, so that names are looked up anew.
+    Tries for ever, until closed. Every try has a channel of its own, so that names are looked up anew. Besides the
+    given addresses it uses those of the nodes in the newest view, if they belong to the same mesh still.
     """
 
     def __init__(self, addresses: Sequence[str], state: MeshState) -> None:
@@ -66,23 +55,30 @@ class ViewReader:
             self._thread.join(_JOIN_TIMEOUT_S)
 
     def _run(self) -> None:
-        failures = tries = 0
-        # Where many clients lose one service, chance keeps them from coming back all at once.
-        while not self._closing.wait(pause_s(failures, len(self._addresses)) * random.uniform(0.5, 1.0)):
-            address = self._addresses[tries % len(self._addresses)]
-            tries += 1
+        rotation = Rotation(self._addresses)
+        while True:
+            address, pause_s = rotation.next(self._learned())
+            # Where many clients lose one service, chance keeps them from coming back all at once.
+            if self._closing.wait(pause_s * random.uniform(0.5, 1.0)):
+                return
             self._answered_at = math.inf
             error = self._follow(address)
             if self._closing.is_set():
                 return
-            failures = 0 if time.monotonic() - self._answered_at > STEADY_S else failures + 1
+            if time.monotonic() - self._answered_at > STEADY_S:
+                rotation.worked(address)
             self._say(address, error)
-            self._state.failed(address, error)
+            self._state.failed(address if address in self._addresses else None, error)
+
+    def _learned(self) -> list[str]:
+        """Addresses of the nodes in the newest view."""
+        return [node.address for node in self._state.view.nodes] if self._state.view else []
 
     def _say(self, address: str, error: EpmeshError) -> None:
         """Logs what is new, not every try. Before the first answer `connect` says it, as an error."""
         view, known = self._state.view, self._state.problems.get(address)
-        if known is None or str(known) != str(error):
+        in_use = self._answered_at < math.inf
+        if in_use or (address in self._addresses and (known is None or str(known) != str(error))):
             level = logging.WARNING if view else logging.INFO
             _log.log(level, "epoch=%d discovery.lost: %s: %s", view.epoch if view else 0, address, error)
 
@@ -112,6 +108,8 @@ class ViewReader:
     def _watch(self, address: str, stub: discovery_rpc.DiscoveryServiceStub) -> None:
         answer = stub.GetView(discovery.GetViewRequest(), timeout=ANSWER_TIMEOUT_S)
         check_compatible(VERSION, answer.version, f"the service at {address}", here="this client")
+        if address not in self._addresses and answer.view.mesh_id != self._state.mesh_id:
+            raise MeshUnavailable(f"it belongs to another mesh now, {answer.view.mesh_id or 'or none'}")
         self._state.answered(address, View.from_proto(answer.view))
         self._answered_at = time.monotonic()
         newest = self._state.view

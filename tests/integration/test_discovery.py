@@ -89,3 +89,14 @@ def test_a_client_outlives_the_services_it_used_one_after_the_other(local: Local
         assert mesh.wait_view(lambda view: ranks(view) == [1], TIMEOUT_S).epoch > whole.epoch
         local.start_node(0)
         mesh.wait_view(lambda view: ranks(view) == [0, 1], TIMEOUT_S)
+
+
+@pytest.mark.fault
+def test_one_address_is_enough_once_the_view_named_the_others(local: LocalMesh) -> None:
+    with epmesh.connect(local.addresses[0]) as mesh:
+        mesh.wait_view(lambda view: ranks(view) == [0, 1], TIMEOUT_S)
+        local.kill_node(0)
+        mesh.wait_view(lambda view: ranks(view) == [1], TIMEOUT_S)
+        assert mesh.address == local.addresses[0]  # of the node that is left
+        local.start_node(0)
+        mesh.wait_view(lambda view: ranks(view) == [0, 1], TIMEOUT_S)

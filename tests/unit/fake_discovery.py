@@ -20,10 +20,10 @@ from epmesh_server.node.rpc import TCP_SERVER_OPTIONS
 WAIT_S = 20.0
 
 
-def view(epoch: int, mesh_id: str = "m") -> view_pb2.View:
-    """A view with one node, whose one rank is in two groups."""
+def view(epoch: int, mesh_id: str = "m", address: str = "127.0.0.1:1") -> view_pb2.View:
+    """A view with one node, at `address`, whose one rank is in two groups."""
     rank = view_pb2.Rank(rank=16, incarnation=1, device="cpu", mode=view_pb2.RANK_MODE_EXCHANGE)
-    node = view_pb2.Node(slot=2, node_id="node-2", incarnation=1, address="h:1", ranks=[rank])
+    node = view_pb2.Node(slot=2, node_id="node-2", incarnation=1, address=address, ranks=[rank])
     groups = [
         view_pb2.Group(name=name, id=i + 1, ranks=[16], declared_ranks=[16]) for i, name in enumerate(["w", "ep"])
     ]

@@ -21,7 +21,6 @@ import pytest
 
 import epmesh
 from epmesh import InvalidRequest, MeshUnavailable, NotReady, View, channels, view_reader
-from epmesh.view_reader import LONGEST_PAUSE_S, pause_s
 from tests.unit.fake_discovery import WAIT_S, FakeService, view
 from tests.unit.silent_proxy import SilentProxy
 
@@ -270,10 +269,31 @@ def test_garbage_from_a_service_is_its_problem(service: FakeService, other: Fake
         assert "mode 77" in str(mesh.problems[service.address])
 
 
-def test_pauses_grow_after_a_round_over_all_addresses_and_stay_bounded() -> None:
-    assert [pause_s(failures, 3) for failures in range(7)] == [0, 0, 0, 0.05, 0, 0, 0.1]
-    assert [pause_s(failures, 1) for failures in range(4)] == [0, 0.05, 0.1, 0.2]
-    assert pause_s(10**9, 1) == LONGEST_PAUSE_S
+def test_a_node_that_the_view_names_takes_over_where_no_given_address_is_left(service: FakeService) -> None:
+    with FakeService(view(5)) as node, epmesh.connect(service.address) as mesh:
+        service.publish(view(4, address=node.address))
+        mesh.wait_view(at_epoch(4), WAIT_S)
+        service.stop()
+        mesh.wait_view(at_epoch(5), WAIT_S)
+        assert mesh.address == node.address
+        assert list(mesh.problems) == [service.address]
+        node.stop()
+        service.view = view(6)
+        service.start()
+        mesh.wait_view(at_epoch(6), WAIT_S)
+        assert mesh.address == service.address
+
+
+@pytest.mark.parametrize("mesh_id", ["another", ""])
+def test_a_node_that_the_view_names_is_not_believed_once_it_belongs_elsewhere(
+    service: FakeService, mesh_id: str
+) -> None:
+    with FakeService(view(50, mesh_id)) as node, epmesh.connect(service.address) as mesh:
+        service.publish(view(4, address=node.address))
+        mesh.wait_view(at_epoch(4), WAIT_S)
+        service.stop()
+        node.wait(lambda: node.asked >= 2)
+        assert (mesh.view.epoch, node.watches) == (4, [])
 
 
 def test_a_service_that_ends_every_watch_is_not_asked_without_a_pause(service: FakeService) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import grpc
 
+from epmesh.channels import open_channel
 from epmesh.errors import InvalidRequest, MeshUnavailable, NotReady, PeerLost, from_rpc_error
 from epmesh.v1 import discovery_service_pb2, discovery_service_pb2_grpc
 from epmesh.view import View
@@ -312,7 +313,7 @@ class LocalMesh:
         """The newest view that a living node service knows."""
         address = self.address
         request = discovery_service_pb2.GetViewRequest()
-        with grpc.insecure_channel(address) as channel:
+        with open_channel(address) as channel:
             stub = discovery_service_pb2_grpc.DiscoveryServiceStub(channel)
             try:
                 return View.from_proto(stub.GetView(request, timeout=_VIEW_TIMEOUT_S).view)
