@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from epmesh import Communicator, View
+from epmesh import Communicator, InvalidRequest, View
 from epmesh.frames import tensor_meta
 from epmesh.front import FrontClient, FrontPeer, FrontReply
 from epmesh.v1 import front_pb2
@@ -18,9 +21,9 @@ from epmesh.view import RankMode
 from epmesh_server.ranks.communicator import JoinedCommunicator
 from epmesh_server.ranks.serving_experts import ServeStats
 from epmesh_server.ranks.tensors import as_bytes, dtype_from_name, dtype_name, from_bytes
-from tests.integration.mesh_works import tell
 
 HIDDEN = 16
+ODD = 2**53 + 1  # what no float of 64 bits can be
 POISON = 999.0  # a row that begins with it makes `experts` fail
 
 
@@ -65,19 +68,81 @@ def serve(comm: Communicator, stop: Path, delay_s: float = 0.0, **options: float
     return comm.serving_stats
 
 
-def serve_and_tell(comm: Communicator, stop: Path, inbox: Path, hold: Path, rank: int) -> ServeStats:
-    """As `serve`; the experts of `rank` tell when they are called, and go on once the file `hold` is gone."""
+def serve_held(comm: Communicator, folder: Path, rank: int, options: dict[str, Any]) -> ServeStats:
+    """As `serve`, until ``stop`` is in the folder; while ``hold`` is, the experts of `rank` stand still.
+
+    They write what comes in meanwhile to the folder, for `seen`.
+    """
+    assert isinstance(comm, JoinedCommunicator)
+    stats = comm.serving_stats
 
     def held(layer: int | None, *tensors: torch.Tensor) -> torch.Tensor:
-        if comm.global_rank == rank:
-            tell(inbox, "computing", comm.global_rank)
-            while hold.exists():
-                time.sleep(0.005)
+        while comm.global_rank == rank and (folder / "hold").exists():
+            (folder / "writing").write_text(f"{stats.shares} {stats.cancelled}")
+            (folder / "writing").rename(folder / "seen")
+            time.sleep(0.002)
         return experts(layer, *tensors)
 
-    comm.serve(held, stop=FileStop(stop))
-    assert isinstance(comm, JoinedCommunicator)
-    return comm.serving_stats
+    comm.serve(held, stop=FileStop(folder / "stop"), **options)
+    return stats
+
+
+def seen(folder: Path) -> tuple[int, int]:
+    """Shares that came in, and those that were cancelled, at the rank that stands still."""
+    try:
+        shares, cancelled = (folder / "seen").read_text().split()
+    except FileNotFoundError:
+        return 0, 0
+    return int(shares), int(cancelled)
+
+
+def serve_wrong(comm: Communicator, stop: Path, kind: str) -> None:
+    """Serves with experts whose results are of an unusual kind."""
+
+    def wrong(layer: int | None, hidden_states: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        rows = len(hidden_states)
+        made = {
+            "float8": torch.zeros(rows, 4).to(torch.float8_e4m3fn),
+            "complex": torch.zeros(rows, 4, dtype=torch.complex64),
+            "wrong_rows": torch.zeros(rows + 1, 4),
+            "not_a_tensor": None,
+            "integers": torch.full((rows, 1), ODD),
+        }
+        return made[kind]  # type: ignore[return-value]
+
+    comm.serve(wrong, stop=FileStop(stop))
+
+
+def serve_and_call(comm: Communicator) -> list[str]:
+    """What a rank hears that makes other calls while it serves."""
+    stop = threading.Event()
+    texts = []
+
+    def call() -> None:
+        try:
+            for each in (lambda: comm.all_reduce(torch.ones(1)), lambda: comm.serve(experts)):
+                with pytest.raises(InvalidRequest) as refused:
+                    each()
+                texts.append(str(refused.value)[: len("rank 0 serves already")])
+        finally:
+            stop.set()
+
+    def call_first(layer: int | None, *tensors: torch.Tensor) -> torch.Tensor:
+        return experts(layer, *tensors)
+
+    class CallsFirst:
+        """Set once the other thread has called."""
+
+        thread: threading.Thread | None = None
+
+        def is_set(self) -> bool:
+            if self.thread is None:
+                self.thread = threading.Thread(target=call)
+                self.thread.start()
+            return stop.is_set()
+
+    comm.serve(call_first, stop=CallsFirst())
+    return texts
 
 
 def wait_serving(view: Callable[[], View], ranks: list[int], timeout_s: float = 20.0) -> View:

@@ -159,6 +159,7 @@ class JoinedCommunicator(CheckedCommunicator):
         options = ServeOptions(limits=limits, drain_s=drain_s)
         if not callable(experts):
             raise InvalidRequest(f"experts is {experts!r:.80}; it must be callable")
+        self._rank_process.check_not_serving()
         with self._turn(collective=False):
             self._rank_process.serve(experts, stop, options)
 

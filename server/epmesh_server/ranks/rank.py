@@ -78,13 +78,17 @@ class RankProcess:
             EpmeshError: the membership ended.
         """
         with self._lock:
-            if self._server is not None:
-                raise InvalidRequest(f"rank {self.session.rank} serves already")
+            self.check_not_serving()
             server = self._server = ExpertServer(self, experts, options, self.serving_stats)
         try:
             server.run(stop)
         finally:
             self._server = None
+
+    def check_not_serving(self) -> None:
+        """Raises `InvalidRequest` while another thread is in `serve`."""
+        if self._server is not None:
+            raise InvalidRequest(f"rank {self.session.rank} serves already")
 
     def end_serving(self) -> None:
         """Ends `serve`, if another thread is in it."""

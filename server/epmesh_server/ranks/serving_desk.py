@@ -179,8 +179,7 @@ class Desk:
 
     def _take_rows(self, incoming: Incoming, *, patient: bool = True, until: float | None = None) -> None:
         if incoming.cancelled:
-            self._stats.cancelled += 1
-            incoming.refuse(DeadlineExceeded(self._me))
+            self._forget(incoming)
             return
         view, wanted = self._session.view, incoming.request.serve_rows
         assert view is not None
@@ -312,11 +311,9 @@ class Desk:
 
     def _give_up(self, request: RouterRequest) -> None:
         """Its router waits no longer."""
-        if request.over:
-            return
-        self._stats.cancelled += 1
-        request.incoming.refuse(DeadlineExceeded(self._me))  # nobody hears it; the front forgets the request
-        self._end(request)
+        if not request.over:
+            self._forget(request.incoming)
+            self._end(request)
 
     def _end(self, request: RouterRequest) -> None:
         request.over = True
@@ -342,7 +339,12 @@ class Desk:
             _answer_share(incoming, memory, outcome)
 
         self._queue.put(QueuedShare(rows, incoming.deadline, lambda: incoming.cancelled, deliver))
-        incoming.on_cancel(lambda: incoming.refuse(DeadlineExceeded(self._me)))
+        incoming.on_cancel(lambda: self._post(lambda: self._forget(incoming)))
+
+    def _forget(self, incoming: Incoming) -> None:
+        """A request is given up."""
+        self._stats.cancelled += 1
+        incoming.refuse(DeadlineExceeded(self._me))  # nobody hears it; the front forgets the request
 
     def _share_rows(self, incoming: Incoming, memory: ServeMemory | None) -> Rows:
         request, wanted = incoming.request, incoming.request.serve_share

@@ -37,7 +37,7 @@ class ServeStats:
         shares: shares of rows for this rank, its neighbours' requests included.
         batches, rows: calls of the experts, and their rows.
         experts_s: seconds in them.
-        cancelled: requests that their routers gave up.
+        cancelled: requests that their routers gave up, and shares that were given up with them.
         overloaded: requests refused because too much waited.
         failures: requests refused for any other reason.
     """
