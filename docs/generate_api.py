@@ -37,7 +37,8 @@ What `epmesh` and `epmesh.testing` offer, made from the docstrings in the source
 [Getting started](getting-started.md) says how the parts go together, [architecture](architecture.md) why they are so.
 """
 
-Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.AnnAssign | ast.Assign
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Definition = ast.ClassDef | Function | ast.AnnAssign | ast.Assign
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def lineage(module: str, node: ast.ClassDef) -> list[tuple[str, str, ast.ClassDe
 
 def docstring_of(node: ast.stmt, siblings: list[ast.stmt]) -> str:
     """The docstring inside `node`, or, of an alias, the string after it."""
-    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+    if isinstance(node, ast.ClassDef | Function):
         return ast.get_docstring(node) or ""
     after = siblings[siblings.index(node) + 1 :][:1] if node in siblings else []
     if after and isinstance(after[0], ast.Expr) and isinstance(after[0].value, ast.Constant):
@@ -146,17 +147,23 @@ def docstring_of(node: ast.stmt, siblings: list[ast.stmt]) -> str:
     return ""
 
 
-def members(item: Item, public: set[str]) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Public methods and properties of a class, its own and those of bases that are not `public` themselves."""
+def members(item: Item, public: set[str]) -> list[Function]:
+    """Public methods and properties of a class: its own, and those of bases that are not `public` themselves.
+
+    One without a docstring is left out where a public base has it: there it is described.
+    """
     if not isinstance(item.node, ast.ClassDef):
         return []
-    methods: dict[str, ast.FunctionDef | ast.AsyncFunctionDef] = {}
+    shown: dict[str, Function] = {}
+    elsewhere: set[str] = set()
     for name, _, node in lineage(item.module, item.node):
-        if name == item.name or name not in public:
-            for member in node.body:
-                if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef) and not member.name.startswith("_"):
-                    methods.setdefault(member.name, member)
-    return list(methods.values())
+        methods = [member for member in node.body if isinstance(member, Function) and not member.name.startswith("_")]
+        if name != item.name and name in public:
+            elsewhere |= {method.name for method in methods}
+        else:
+            for method in methods:
+                shown.setdefault(method.name, method)
+    return [method for name, method in shown.items() if ast.get_docstring(method) or name not in elsewhere]
 
 
 # Writing the page ------------------------------------------------------------------------------------------------
@@ -200,7 +207,7 @@ def summary(docstring: str) -> str:
 
 def section(item: Item, public: set[str]) -> str:
     """A heading, the signature and the docstring of an item, then the same of its methods."""
-    parts = [f"### {full_name(item)}\n", fenced(declaration(item)), text(item.docstring)]
+    parts = [f"### {full_name(item)}\n", fenced(declaration(item)), text(item.docstring), inherited(item, public)]
     for member in members(item, public):
         parts += [
             f"#### {item.name}.{member.name}\n",
@@ -210,10 +217,18 @@ def section(item: Item, public: set[str]) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def inherited(item: Item, public: set[str]) -> str:
+    """A line that says which bases have more; empty where none is on the page, and for errors, which are a tree."""
+    if not isinstance(item.node, ast.ClassDef) or item.kind == "Errors":
+        return ""
+    bases = [f"`{name}`" for name, _, _ in lineage(item.module, item.node)[1:] if name in public]
+    return f"Everything that {', '.join(bases)} has is here too.\n" if bases else ""
+
+
 def declaration(item: Item) -> str:
     """How an item is declared: a function's signature, a class's bases and fields or constructor, an alias's value."""
     node = item.node
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+    if isinstance(node, Function):
         return signature(node)
     if not isinstance(node, ast.ClassDef):
         return ast.unparse(node)
@@ -233,7 +248,7 @@ def inner(node: ast.ClassDef) -> Iterator[str]:
             yield from signature(member).splitlines()
 
 
-def signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+def signature(node: Function) -> str:
     """``def`` and what follows up to the colon, over several lines where it is long; without ``self``."""
     lines = [DECORATORS[decorator] for decorator in map(ast.unparse, node.decorator_list) if decorator in DECORATORS]
     start = f"{'async ' if isinstance(node, ast.AsyncFunctionDef) else ''}def {node.name}("
