@@ -60,7 +60,7 @@ def _logging_as_it_was() -> Iterator[None]:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[NodeSettings, CoordinatorOptions | None]]:
     """What `epmesh serve` would have run."""
     calls: list[tuple[NodeSettings, CoordinatorOptions | None]] = []
-    monkeypatch.setattr(serving, "serve", lambda settings, beside: calls.append((settings, beside)))
+    monkeypatch.setattr(serving, "serve", lambda settings, beside, hosted: calls.append((settings, beside)))
     return calls
 
 

@@ -10,9 +10,11 @@ import typer
 
 from epmesh.errors import EpmeshError, InvalidRequest
 from epmesh_server.cli.logs import LogLevel, configure_logging
+from epmesh_server.hosted.options import DEFAULT_DRAIN_S, HostedRanks, parse_hold
 
 _DATA_DIR = "$XDG_STATE_HOME/epmesh/coordinator-PORT"
 _SERVICE, _COORDINATOR = "This node", "The coordinator beside it (without --coordinator)"
+_RANKS = "Hosted ranks (with --ranks)"
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -142,9 +144,101 @@ def serve(
             rich_help_panel=_COORDINATOR,
         ),
     ] = None,
+    ranks: Annotated[
+        int,
+        typer.Option(
+            envvar="EPMESH_RANKS",
+            help="Ranks to run here, each a process of its own, restarted when it ends.",
+            rich_help_panel=_RANKS,
+        ),
+    ] = 0,
+    experts: Annotated[
+        str,
+        typer.Option(
+            envvar="EPMESH_EXPERTS",
+            metavar="MODULE:FACTORY",
+            help="They serve routers: factory(comm) returns experts(layer, hidden_states, topk_weights, topk_ids).",
+            show_default="they wait for epmesh.attach",
+            rich_help_panel=_RANKS,
+        ),
+    ] = "",
+    num_experts: Annotated[
+        int | None,
+        typer.Option(
+            envvar="EPMESH_NUM_EXPERTS",
+            help="Logical experts of the model.",
+            show_default="every row goes to every rank",
+            rich_help_panel=_RANKS,
+        ),
+    ] = None,
+    hold: Annotated[
+        str | None,
+        typer.Option(
+            envvar="EPMESH_HOLD",
+            metavar="EXPERTS;...",
+            help="Experts of each local rank: 0-7;8-15, or 0,3,5-7;1,2. One may be held by several.",
+            show_default="contiguous blocks over --world-size ranks",
+            rich_help_panel=_RANKS,
+        ),
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option(
+            envvar="EPMESH_WORLD_SIZE",
+            help="Ranks of the whole mesh to wait for.",
+            show_default="--ranks",
+            rich_help_panel=_RANKS,
+        ),
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option(
+            envvar="EPMESH_TENSOR_PARALLEL_SIZE",
+            help="Consecutive ranks that hold the same tokens.",
+            rich_help_panel=_RANKS,
+        ),
+    ] = 1,
+    max_tokens_per_rank: Annotated[
+        int | None,
+        typer.Option(
+            envvar="EPMESH_MAX_TOKENS_PER_RANK",
+            help="Most tokens of a dispatch in static mode.",
+            show_default="no static mode",
+            rich_help_panel=_RANKS,
+        ),
+    ] = None,
+    exchange_timeout: Annotated[
+        float,
+        typer.Option(
+            envvar="EPMESH_EXCHANGE_TIMEOUT",
+            metavar="SECONDS",
+            help="How long a call waits for other ranks.",
+            rich_help_panel=_RANKS,
+        ),
+    ] = 30.0,
+    device: Annotated[
+        str,
+        typer.Option(
+            envvar="EPMESH_DEVICE",
+            help="Of every rank; cuda gives local rank k the device cuda:k.",
+            rich_help_panel=_RANKS,
+        ),
+    ] = "cpu",
+    threads: Annotated[
+        int, typer.Option(envvar="EPMESH_THREADS", help="Threads of torch in each rank.", rich_help_panel=_RANKS)
+    ] = 1,
+    drain: Annotated[
+        float,
+        typer.Option(
+            envvar="EPMESH_DRAIN",
+            metavar="SECONDS",
+            help="At the end, how long requests that were taken in may take. A second Ctrl-C cuts them off.",
+            rich_help_panel=_RANKS,
+        ),
+    ] = DEFAULT_DRAIN_S,
     log_level: LevelOption = LogLevel.INFO,
 ) -> None:
-    """Run the node service of this host.
+    """Run the node service of this host, and ranks beside it where --ranks says so.
 
     Ranks on this host join it with epmesh.join("HOST:PORT"). Without --coordinator a coordinator is started beside it
     and kept alive; further nodes are then started with --coordinator. The order does not matter. Ctrl-C ends all of it.
@@ -156,6 +250,25 @@ def serve(
     beside = {"--coordinator-port": "coordinator_port", "--data-dir": "data_dir", "--stride": "stride"}
     if coordinator is not None:
         _refuse_beside(context, coordinator, {**beside, "--min-nodes": "min_nodes"})
+    hosted = None
+    if ranks:
+        hosted = HostedRanks(
+            count=ranks,
+            experts=experts,
+            num_experts=num_experts,
+            hold=None if hold is None else parse_hold(hold),
+            world_size=world_size,
+            tensor_parallel_size=tensor_parallel_size,
+            max_tokens_per_rank=max_tokens_per_rank,
+            exchange_timeout_s=exchange_timeout,
+            device=device,
+            threads=threads,
+            drain_s=drain,
+            path=(str(Path.cwd()),),
+            log_level=log_level.value,
+        )
+    else:
+        _refuse_without_ranks(context)
     serving.serve(
         NodeSettings(
             host=host,
@@ -180,6 +293,7 @@ def serve(
             insecure=insecure,
             log_level=log_level,
         ),
+        hosted,
     )
 
 
@@ -292,12 +406,28 @@ def parse_size(text: str) -> int:
     return int(digits) * units[unit]
 
 
-def _refuse_beside(context: typer.Context, coordinator: str, options: dict[str, str]) -> None:
-    """Options of the coordinator beside the node mean nothing where there is none."""
-    given = [
+def _refuse_without_ranks(context: typer.Context) -> None:
+    """Options of hosted ranks mean nothing where there are none."""
+    names = (
+        "experts", "num_experts", "hold", "world_size", "tensor_parallel_size", "max_tokens_per_rank",
+        "exchange_timeout", "device", "threads", "drain",
+    )  # fmt: skip
+    given = _given(context, {f"--{name.replace('_', '-')}": name for name in names})
+    if given:
+        raise InvalidRequest(f"{', '.join(given)}: this node hosts no ranks; say how many with --ranks N")
+
+
+def _given(context: typer.Context, options: dict[str, str]) -> list[str]:
+    """Those of `options` (option -> parameter) that the command line has."""
+    return [
         option
         for option, name in options.items()
         if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
     ]
+
+
+def _refuse_beside(context: typer.Context, coordinator: str, options: dict[str, str]) -> None:
+    """Options of the coordinator beside the node mean nothing where there is none."""
+    given = _given(context, options)
     if given:
         raise InvalidRequest(f"{', '.join(given)}: the coordinator at {coordinator} has its own; leave this out")

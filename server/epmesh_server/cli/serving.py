@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from epmesh.addresses import ANY_HOST, join_address
+from epmesh.addresses import ANY_HOST, join_address, split_address
 from epmesh.errors import InvalidRequest
 from epmesh_server.cli.logs import LogLevel
 from epmesh_server.cli.supervisor import Supervisor, die_with_parent
+from epmesh_server.hosted.options import HostedRanks
+from epmesh_server.hosted.supervisor import HostedSupervisor, prepare_hosting
 from epmesh_server.node import NodeSettings, run_node
 
 _log = logging.getLogger(__name__)
@@ -51,15 +54,29 @@ class CoordinatorOptions:
         return [*command, "--insecure"] if self.insecure else command
 
 
-def serve(settings: NodeSettings, beside: CoordinatorOptions | None) -> None:
-    """Runs a node service, and a coordinator beside it where `beside` says so, until a signal.
+@dataclass(frozen=True)
+class Signals:
+    """What signals ask for: to stop, and, from the second on, to do so at once."""
+
+    stop: asyncio.Event
+    hurry: asyncio.Event
+
+    def received(self) -> None:
+        """A signal came."""
+        (self.hurry if self.stop.is_set() else self.stop).set()
+
+
+def serve(settings: NodeSettings, beside: CoordinatorOptions | None, hosted: HostedRanks | None = None) -> None:
+    """Runs a node service, with a coordinator beside it and ranks of its own where they are asked for, until a signal.
 
     Raises:
-        EpmeshError: it could not start, or the coordinator refused it for good.
+        EpmeshError: it could not start, the coordinator refused it for good, or a hosted rank cannot start.
     """
     if beside is not None and beside.port == 0:
         raise InvalidRequest("--coordinator-port is 0, and other nodes could not know it; choose a port")
-    asyncio.run(_until_signal(lambda stop: _serve(settings, beside, stop)))
+    if hosted is not None:
+        prepare_hosting()
+    asyncio.run(_until_signal(lambda signals: _serve(settings, beside, hosted, signals)))
 
 
 def coordinate(options: CoordinatorOptions, supervisor: int | None) -> None:
@@ -81,7 +98,7 @@ def coordinate(options: CoordinatorOptions, supervisor: int | None) -> None:
         insecure=options.insecure,
         **stride,
     )
-    asyncio.run(_until_signal(lambda stop: run_coordinator(settings, stop, lambda _: None)))
+    asyncio.run(_until_signal(lambda signals: run_coordinator(settings, signals.stop, lambda _: None)))
 
 
 def address_beside(host: str, port: int) -> str:
@@ -96,30 +113,57 @@ def default_data_dir(port: int) -> Path:
     return base / "epmesh" / f"coordinator-{port}"
 
 
-async def _serve(settings: NodeSettings, beside: CoordinatorOptions | None, stop: asyncio.Event) -> None:
-    if beside is None:
-        await run_node(settings, stop, _ready)
-        return
-    async with Supervisor(beside.command(), "coordinator") as supervisor:
-        node = asyncio.create_task(run_node(settings, stop, _ready))
-        failed = asyncio.create_task(supervisor.failed())
-        try:
-            await asyncio.wait((node, failed), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            stop.set()
-            failed.cancel()
-            await asyncio.gather(node, failed, return_exceptions=True)
-        node.result()
-        if not failed.cancelled():
-            failed.result()
+def address_here(bound: str) -> str:
+    """Where processes of this host reach a service that listens at `bound`."""
+    host, port = split_address(bound, "address")
+    return join_address("127.0.0.1" if host in ANY_HOST else host, port)
 
 
-async def _until_signal(run: Callable[[asyncio.Event], Awaitable[None]]) -> None:
-    stop = asyncio.Event()
+async def _serve(
+    settings: NodeSettings, beside: CoordinatorOptions | None, hosted: HostedRanks | None, signals: Signals
+) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        failed = []
+        if beside is not None:
+            coordinator = await stack.enter_async_context(Supervisor(beside.command(), "coordinator"))
+            failed.append(asyncio.create_task(coordinator.failed()))
+        ranks = HostedSupervisor(hosted) if hosted is not None else None
+        if ranks is not None:
+            failed.append(asyncio.create_task(ranks.failed()))
+        await _serve_node(settings, ranks, failed, signals)
+
+
+async def _serve_node(
+    settings: NodeSettings, ranks: HostedSupervisor | None, failed: list[asyncio.Task[None]], signals: Signals
+) -> None:
+    """Until a signal, or until one of `failed` is done or the node service ends; then ranks first, the node last."""
+
+    def ready(address: str) -> None:
+        _log.info("node service listens at %s", address)
+        if ranks is not None:
+            ranks.start(address_here(address))
+
+    end = asyncio.Event()
+    node = asyncio.create_task(run_node(settings, end, ready))
+    stopped = asyncio.create_task(signals.stop.wait())
+    try:
+        await asyncio.wait((node, stopped, *failed), return_when=asyncio.FIRST_COMPLETED)
+        if ranks is not None and not node.done() and not any(task.done() for task in failed):
+            await ranks.stop(signals.hurry)
+    finally:
+        if ranks is not None:
+            await ranks.kill()
+        end.set()
+        for task in (stopped, *failed):
+            task.cancel()
+        await asyncio.gather(node, stopped, *failed, return_exceptions=True)
+    for task in (node, *failed):
+        if not task.cancelled():
+            task.result()
+
+
+async def _until_signal(run: Callable[[Signals], Awaitable[None]]) -> None:
+    signals = Signals(asyncio.Event(), asyncio.Event())
     for number in _SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await run(stop)
-
-
-def _ready(address: str) -> None:
-    _log.info("node service listens at %s", address)
+        asyncio.get_running_loop().add_signal_handler(number, signals.received)
+    await run(signals)

@@ -12,11 +12,10 @@ from types import TracebackType
 from typing import Self
 
 from epmesh.errors import MeshUnavailable
+from epmesh_server.processes.backoff import Backoff
 
 _log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
-_FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.05, 5.0
-_STEADY_S = 10.0
 _STOP_WITHIN_S = 1.0
 
 
@@ -63,7 +62,7 @@ class Supervisor:
 
     async def _keep_alive(self, process: asyncio.subprocess.Process) -> None:
         loop = asyncio.get_running_loop()
-        started, backoff_s, first = loop.time(), _FIRST_BACKOFF_S, True
+        started, backoff, first = loop.time(), Backoff(), True
         while True:
             code = await process.wait()
             if first and code == 1:
@@ -71,11 +70,10 @@ class Supervisor:
                     f"the {self._name} beside this node did not start; its reason stands above "
                     "(where one runs already, say --coordinator HOST:PORT)"
                 )
-            if loop.time() - started > _STEADY_S:
-                backoff_s = _FIRST_BACKOFF_S
+            backoff_s = backoff.after(loop.time() - started)
             _log.warning("%s %d ended with code %d; again in %.2f s", self._name, process.pid, code, backoff_s)
             await asyncio.sleep(backoff_s)
-            backoff_s, first = min(2 * backoff_s, _LAST_BACKOFF_S), False
+            first = False
             started = loop.time()
             process = self._process = await self._start()
 

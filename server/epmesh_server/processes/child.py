@@ -53,6 +53,16 @@ class Child:
         """Whether the process is there, running or stopped."""
         return self._process.is_alive()
 
+    @property
+    def sentinel(self) -> int:
+        """A descriptor that becomes readable when the process has ended."""
+        return self._process.sentinel
+
+    @property
+    def exit_code(self) -> int | None:
+        """What it ended with, negative for a signal; `None` while it is there."""
+        return self._process.exitcode
+
     def send(self, message: object) -> None:
         """Sends `message`; to a dead child it goes nowhere, and `receive` tells."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):

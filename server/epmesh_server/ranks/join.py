@@ -158,10 +158,16 @@ def join(
     return become_rank(options)
 
 
-def become_rank(options: RankOptions, front_endpoint: str = "") -> JoinedCommunicator:
-    """What `join` does; `front_endpoint` is where the rank takes FrontRequest messages already."""
-    deadline = time.monotonic() + options.timeout_s
-    node = describe_node(options.address, options.timeout_s)
+def become_rank(options: RankOptions, front_endpoint: str = "", *, within_s: float | None = None) -> JoinedCommunicator:
+    """What `join` does.
+
+    Args:
+        front_endpoint: where the rank takes FrontRequest messages already.
+        within_s: how long joining may take; `None`: ``options.timeout_s``.
+    """
+    timeout_s = options.timeout_s if within_s is None else within_s
+    deadline = time.monotonic() + timeout_s
+    node = describe_node(options.address, timeout_s)
     incarnation = secrets.randbits(63) | 1
     sessions: list[RankSession] = []
 

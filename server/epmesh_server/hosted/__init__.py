@@ -1,0 +1,1 @@
+"""Ranks that a node service hosts: processes of their own, kept alive beside it."""
