@@ -24,8 +24,6 @@ from epmesh_server.ranks.flat_member import FlatMember
 from epmesh_server.ranks.flat_messages import FlatMessages
 from epmesh_server.ranks.mail import Mail
 
-DEFAULT_TIMEOUT_S = 1800.0
-
 
 class DeviceCommunicator(CheckedCommunicator):
     """One group over torch process groups as they are; they may span hosts.
@@ -59,7 +57,7 @@ class DeviceCommunicator(CheckedCommunicator):
         tcp_store_group: Any = None,
         tensor_parallel_size: int = 1,
         max_tokens_per_rank: int | None = None,
-        exchange_timeout_s: float = DEFAULT_TIMEOUT_S,
+        exchange_timeout_s: float = 1800.0,
         load: Load | None = None,
     ) -> None:
         """Takes the groups as they are; not collective.
