@@ -240,9 +240,10 @@ def routed_layout(topk_ids: npt.NDArray[np.integer], routing: Routing, topology:
         ExpertUnavailable: an id's expert has no living holder.
     """
     ids = topk_ids.astype(np.int64, copy=False)
-    targets = choose_targets(ids, routing)
+    check_ids(ids, routing)
     wanted = ids >= 0
     safe = np.where(wanted, ids, 0)
+    targets = _choose(safe, wanted, routing)
     hits = np.zeros((len(ids), topology.world_size + 1), np.bool_)
     np.put_along_axis(hits, np.where(targets < 0, topology.world_size, targets), True, axis=1)
     rows_to = tuple(np.flatnonzero(hits[:, position]) for position in range(topology.world_size))
@@ -254,22 +255,6 @@ def routed_layout(topk_ids: npt.NDArray[np.integer], routing: Routing, topology:
         rows_to_node[slot] = rows
         codes[slot] = _codes(targets[rows], replicated[rows] if replicated is not None else None, slot, topology)
     return Layout(len(ids), rows_to, rows_to_node, codes, targets, replicated)
-
-
-def choose_targets(topk_ids: npt.NDArray[np.integer], routing: Routing) -> Ints:
-    """The position that computes each id, -1 for none: replicas of an expert take turns in row order.
-
-    Args:
-        topk_ids: ``[num_tokens, num_topk]``, -1 means no expert.
-
-    Raises:
-        InvalidRequest: an id is out of range.
-        ExpertUnavailable: an id's expert has no living holder.
-    """
-    ids = topk_ids.astype(np.int64, copy=False)
-    _check_ids(ids, routing)
-    wanted = ids >= 0
-    return _choose(np.where(wanted, ids, 0), wanted, routing)
 
 
 def relay_rows(codes: npt.NDArray[np.uint8] | None, num_rows: int, member: int) -> Ints:
@@ -290,7 +275,13 @@ def relay_ids(
     return chosen
 
 
-def _check_ids(ids: Ints, routing: Routing) -> None:
+def check_ids(ids: Ints, routing: Routing) -> None:
+    """Every id ``[num_tokens, num_topk]`` must be -1 or an expert that somebody holds.
+
+    Raises:
+        InvalidRequest: an id is out of range.
+        ExpertUnavailable: an id's expert has no living holder.
+    """
     if not ids.size:
         return
     low, high = int(ids.min()), int(ids.max())
@@ -308,11 +299,11 @@ def _choose(ids: Ints, wanted: npt.NDArray[np.bool_], routing: Routing) -> Ints:
     if routing.candidates.shape[1] == 1:
         return np.where(wanted, routing.candidates[ids, 0], -1)
     counts = np.maximum(routing.counts[ids], 1)
-    turn = (_occurrence(ids) + routing.turn) % counts
+    turn = (occurrence(ids) + routing.turn) % counts
     return np.where(wanted, routing.candidates[ids, turn], -1)
 
 
-def _occurrence(ids: Ints) -> Ints:
+def occurrence(ids: Ints) -> Ints:
     """For each element how many equal ones stand before it, in row order: replicas take turns by it."""
     flat = ids.reshape(-1)
     order = np.argsort(flat, kind="stable")

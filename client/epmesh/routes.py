@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from epmesh.errors import ExpertUnavailable, InvalidRequest, NotReady
-from epmesh.layout import Ints, Routing, Topology, choose_targets, make_reach, make_routing
+from epmesh.layout import Ints, Routing, Topology, check_ids, make_reach, make_routing
+from epmesh.replicas import Replicas
 from epmesh.view import NodeInfo, RankInfo, RankMode, View
 
 ELSEWHERE = 127
@@ -55,6 +56,7 @@ class Routes:
         )
         self._slots = np.array([*self._topology.slots, -1], np.int64)  # the last is what target -1 finds
         self._routings: dict[int | None, Routing] = {}
+        self._replicas: dict[int | None, Replicas] = {}
         self._variants: dict[frozenset[Identity], Routes] = {}
 
     def avoiding(self, without: Set[Identity]) -> Routes:
@@ -85,9 +87,19 @@ class Routes:
         routing = self._routing(layer)
         if not self._infos and (topk_ids >= 0).any():
             raise ExpertUnavailable(map(int, np.unique(topk_ids[topk_ids >= 0])))
-        targets = choose_targets(topk_ids, replace(routing, turn=turn))
+        check_ids(topk_ids, routing)
+        targets = self._choose(topk_ids, layer, routing, turn)
         slots = self._slots[targets]
         return [self._node_rows(int(slot), slots == slot, targets) for slot in np.unique(slots) if slot >= 0]
+
+    def _choose(self, ids: Ints, layer: int | None, routing: Routing, turn: int) -> Ints:
+        """The position that computes each id, -1 for none."""
+        if routing.candidates.shape[1] == 1:
+            return np.where(ids >= 0, routing.candidates[ids, 0], -1)
+        found = self._replicas.get(layer)
+        if found is None:
+            found = self._replicas[layer] = Replicas(routing, self._topology)
+        return found.choose(ids, turn)
 
     @property
     def _identities(self) -> frozenset[Identity]:

@@ -254,16 +254,6 @@ def test_no_ids_are_zeros_without_a_call(shape: tuple[int, int]) -> None:
     assert np.array_equal(array(forward.result()), np.zeros_like(hidden))
 
 
-def test_replicas_share_rows_evenly() -> None:
-    rows: dict[int, int] = {}
-    one = Rows.of(np.ones((1, 1), np.float32))
-    for turn in range(8):
-        forward = Forward(Tokens(one, one, np.array([[turn % 2]])))
-        (call,) = plan(forward, make_view(1, EVERYWHERE), turn=turn // 2)
-        rows[call.entry.rank] = rows.get(call.entry.rank, 0) + 1
-    assert rows == {0: 2, 1: 2, 4: 2, 5: 2}
-
-
 # Any failures ------------------------------------------------------------------------------------------------------
 
 RANKS = (0, 1, 4, 5, 8)
