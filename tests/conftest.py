@@ -15,6 +15,11 @@ hypothesis.settings.register_profile("search", deadline=None, max_examples=2000,
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--soak-s 60`` runs the load tests for a minute each."""
+    parser.addoption("--soak-s", type=float, default=6.0, help="seconds that load tests go on")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips, with the reason, what needs hardware or an engine that is not here."""
     for marker, missing in (("gpu", _no_gpu), ("compose", _no_container_engine)):

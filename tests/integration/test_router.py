@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from epmesh import AsyncRouter, EpmeshError, InvalidRequest, Router
 from epmesh.testing import LocalMesh
 from tests.integration import serve_works
 from tests.integration.serve_works import POISON, reference, some_rows, wait_serving
+from tests.processes import eventually, open_descriptors
 
 EXPERTS = 8
 REPLICATED = [range(8), range(4), range(4, 8), range(8)]
@@ -30,16 +32,21 @@ class Served:
 
 
 @pytest.fixture(scope="module", params=[(1, 1, None), (2, 2, None), (2, 2, REPLICATED)], ids=["1x1", "2x2", "replicas"])
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def mesh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
     nodes, ranks_per_node, experts = request.param
     stop = tmp_path_factory.mktemp("serve") / "stop"
     with LocalMesh(nodes, ranks_per_node, num_experts=EXPERTS, experts=experts) as mesh:
         done = mesh.start(serve_works.serve, stop)
         wait_serving(mesh.view, list(range(nodes * ranks_per_node)))
-        with Router(mesh.addresses) as router:
-            yield Served(mesh, router)
+        yield mesh
         stop.touch()
         done.result(30)
+
+
+@pytest.fixture(scope="module", params=["zmq", "grpc"])
+def served(request: pytest.FixtureRequest, mesh: LocalMesh) -> Iterator[Served]:
+    with Router(mesh.addresses, transport=request.param) as router:
+        yield Served(mesh, router)
 
 
 def check(out: Any, layer: int | None, *given: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -80,9 +87,8 @@ def test_tasks_share_a_router(served: Served) -> None:
         check(await router.forward(*given), None, *given)
 
     async def main() -> None:
-        async with AsyncRouter(served.mesh.addresses) as router:
+        async with AsyncRouter(served.mesh.addresses, transport=served.router.transport) as router:
             await asyncio.gather(*(one(router, seed) for seed in range(60)))
-            assert router.transport == "zmq"
 
     asyncio.run(main())
 
@@ -103,9 +109,31 @@ def test_ids_beyond_the_placement_are_refused(served: Served) -> None:
         served.router.forward(hidden, weights, ids)
 
 
-def test_bytes_stay_near_the_floor(served: Served) -> None:
-    with Router(served.mesh.address) as router:
+def test_bytes_stay_near_the_floor_over_what_gets_through_first(mesh: LocalMesh) -> None:
+    with Router(mesh.address) as router:
         router.forward(*some_rows(300, EXPERTS, 3, 1))
         stats = router.stats
+        assert router.transport == "zmq"
     assert stats.floor_bytes < stats.bytes_sent + stats.bytes_received < 1.05 * stats.floor_bytes
-    assert set(stats.latency) == {node.slot for node in served.mesh.view().nodes}
+    assert set(stats.latency) <= {node.slot for node in mesh.view().nodes}
+
+
+def test_rows_of_many_megabytes_go_in_one_forward(served: Served) -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(1024, 4096, generator=generator)
+    weights, ids = some_rows(1024, EXPERTS, 2, 1)[1:]
+    check(served.router.forward(hidden, weights, ids), None, hidden, weights, ids)
+
+
+@pytest.mark.parametrize("transport", ["zmq", "grpc"])
+def test_a_closed_router_leaves_no_thread_and_no_descriptor(mesh: LocalMesh, transport: str) -> None:
+    def use() -> None:
+        with Router(mesh.addresses, transport=transport) as router:
+            router.forward(*some_rows(3, EXPERTS, 2, 1))
+
+    use()  # what gRPC keeps for the process is there from now on
+    threads, descriptors = set(threading.enumerate()), open_descriptors()
+    for _ in range(8):
+        use()
+    assert eventually(lambda: set(threading.enumerate()) <= threads)
+    assert eventually(lambda: open_descriptors() <= descriptors + 3)  # gRPC closes its own when it comes to it

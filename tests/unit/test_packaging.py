@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from epmesh.testing import LocalMesh
+from tests.integration import serve_works
+
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -72,6 +75,28 @@ with socket.socket() as bound:  # and nobody listens there
 assert "torch" not in sys.modules
 """
     assert "(Connection refused)" in run([light_python, "-W", "error", "-c", code], cwd=tmp_path)
+
+
+@pytest.mark.timeout(240)
+def test_a_router_works_in_a_base_install(light_python: Path, tmp_path: Path) -> None:
+    code = """
+import sys, epmesh, numpy as np
+hidden = np.arange(12, dtype=np.float32).reshape(3, 4)
+ids = np.array([[0, 3], [1, -1], [2, 0]])
+scale = ((ids + 1) * 0.5).sum(1, keepdims=True)
+for transport in ("zmq", "grpc"):
+    with epmesh.Router(sys.argv[1], transport=transport) as router:
+        out = router.forward(hidden, np.full((3, 2), 0.5, np.float32), ids)
+    assert out.dtype == np.float32 and np.allclose(out, hidden * scale), out
+assert "torch" not in sys.modules
+print("right")
+"""
+    with LocalMesh(1, 2, num_experts=4) as mesh:
+        done = mesh.start(serve_works.serve, tmp_path / "stop")
+        serve_works.wait_serving(mesh.view, [0, 1])
+        assert run([light_python, "-W", "error", "-c", code, mesh.address], cwd=tmp_path) == "right\n"
+        (tmp_path / "stop").touch()
+        done.result(30)
 
 
 @pytest.mark.timeout(240)
