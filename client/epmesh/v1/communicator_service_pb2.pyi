@@ -1,3 +1,4 @@
+from epmesh.v1 import error_pb2 as _error_pb2
 from epmesh.v1 import frame_pb2 as _frame_pb2
 from epmesh.v1 import front_pb2 as _front_pb2
 from google.protobuf.internal import containers as _containers
@@ -45,16 +46,18 @@ class DetachRankResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class CallHeader(_message.Message):
-    __slots__ = ("rank", "token", "group", "tensors")
+    __slots__ = ("rank", "token", "group", "tensors", "refusal")
     RANK_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     rank: int
     token: bytes
     group: str
     tensors: _containers.RepeatedCompositeFieldContainer[_frame_pb2.TensorMeta]
-    def __init__(self, rank: _Optional[int] = ..., token: _Optional[bytes] = ..., group: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_frame_pb2.TensorMeta, _Mapping]]] = ...) -> None: ...
+    refusal: _error_pb2.Error
+    def __init__(self, rank: _Optional[int] = ..., token: _Optional[bytes] = ..., group: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[_frame_pb2.TensorMeta, _Mapping]]] = ..., refusal: _Optional[_Union[_error_pb2.Error, _Mapping]] = ...) -> None: ...
 
 class CallResult(_message.Message):
     __slots__ = ("result", "tensors")

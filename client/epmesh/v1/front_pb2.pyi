@@ -83,16 +83,18 @@ class CancelRequest(_message.Message):
     def __init__(self, request_id: _Optional[int] = ...) -> None: ...
 
 class DriverCall(_message.Message):
-    __slots__ = ("token", "group", "refusal", "arguments")
+    __slots__ = ("token", "group", "refusal", "arguments", "shared_memory")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     token: bytes
     group: str
     refusal: _error_pb2.Error
     arguments: MethodArguments
-    def __init__(self, token: _Optional[bytes] = ..., group: _Optional[str] = ..., refusal: _Optional[_Union[_error_pb2.Error, _Mapping]] = ..., arguments: _Optional[_Union[MethodArguments, _Mapping]] = ...) -> None: ...
+    shared_memory: bool
+    def __init__(self, token: _Optional[bytes] = ..., group: _Optional[str] = ..., refusal: _Optional[_Union[_error_pb2.Error, _Mapping]] = ..., arguments: _Optional[_Union[MethodArguments, _Mapping]] = ..., shared_memory: bool = ...) -> None: ...
 
 class DriverResult(_message.Message):
     __slots__ = ("epoch", "sequence", "completed", "nothing", "description")
@@ -109,7 +111,7 @@ class DriverResult(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., completed: _Optional[int] = ..., nothing: bool = ..., description: _Optional[_Union[RankDescription, _Mapping]] = ...) -> None: ...
 
 class RankDescription(_message.Message):
-    __slots__ = ("group", "ranks", "rank_in_group", "global_rank", "global_world_size", "device", "all2all_backend", "view")
+    __slots__ = ("group", "ranks", "rank_in_group", "global_rank", "global_world_size", "device", "all2all_backend", "view", "call_limit_s")
     GROUP_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     RANK_IN_GROUP_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +120,7 @@ class RankDescription(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ALL2ALL_BACKEND_FIELD_NUMBER: _ClassVar[int]
     VIEW_FIELD_NUMBER: _ClassVar[int]
+    CALL_LIMIT_S_FIELD_NUMBER: _ClassVar[int]
     group: str
     ranks: _containers.RepeatedScalarFieldContainer[int]
     rank_in_group: int
@@ -126,7 +129,8 @@ class RankDescription(_message.Message):
     device: str
     all2all_backend: str
     view: bytes
-    def __init__(self, group: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., rank_in_group: _Optional[int] = ..., global_rank: _Optional[int] = ..., global_world_size: _Optional[int] = ..., device: _Optional[str] = ..., all2all_backend: _Optional[str] = ..., view: _Optional[bytes] = ...) -> None: ...
+    call_limit_s: float
+    def __init__(self, group: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., rank_in_group: _Optional[int] = ..., global_rank: _Optional[int] = ..., global_world_size: _Optional[int] = ..., device: _Optional[str] = ..., all2all_backend: _Optional[str] = ..., view: _Optional[bytes] = ..., call_limit_s: _Optional[float] = ...) -> None: ...
 
 class MethodArguments(_message.Message):
     __slots__ = ("all_reduce", "all_gather", "all_gatherv", "reduce_scatter", "reduce_scatterv", "gather", "broadcast", "send", "recv", "batch", "dispatch", "dispatch_router_logits", "start_dispatch", "wait_dispatch", "combine", "describe_group", "wait_ready", "check", "make_group", "remove_group", "place_experts", "destroy")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ from epmesh_server.ranks.tensors import accumulator, dtype_name
 
 MAX_NAME_CHARS = 64
 MAX_LAYER = 1_000_000
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Stands for a tensor that was refused before it came here; every check of it raises why."""
+
+    error: EpmeshError
 
 
 @contextlib.contextmanager
@@ -43,6 +51,8 @@ def rows_text(tensors: Sequence[torch.Tensor]) -> str:
 
 def check_tensor(tensor: torch.Tensor) -> None:
     """A tensor must be one, on CPU, and of a dtype that travels."""
+    if isinstance(tensor, Refused):
+        raise tensor.error
     if not isinstance(tensor, torch.Tensor):
         raise InvalidRequest(f"a tensor was expected, not {tensor!r:.80} ({type(tensor).__name__})")
     if tensor.device.type != "cpu":
@@ -110,6 +120,7 @@ def check_scatter_output(
 ) -> None:
     """`output` must have this rank's slice's shape and dtype."""
     axis, lengths = check_scatter(tensor, dim, sizes, world)
+    check_tensor(output)
     wanted = [*tensor.shape[:axis], lengths[rank], *tensor.shape[axis + 1 :]]
     if list(output.shape) != wanted or output.dtype != tensor.dtype:
         raise InvalidRequest(f"output is {shape_text(output)}; it must be {dtype_name(tensor.dtype)}{wanted}")

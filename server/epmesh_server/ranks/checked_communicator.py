@@ -12,12 +12,12 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 
 from epmesh.communicator import Communicator, Handle
-from epmesh.errors import InvalidRequest
+from epmesh.errors import EpmeshError, InvalidRequest
 from epmesh.layout import Layout, Reach, Routing, Topology, broadcast_layout, make_reach, make_routing, routed_layout
 from epmesh.placement import Placement, linear_placement
 from epmesh_server.ranks import arguments as args
@@ -281,7 +281,8 @@ class CheckedCommunicator(Communicator):
     ) -> Request:
         rows = self.max_tokens_per_rank if static else None
         arguments = f"{args.rows_text(tensors)} {what} static={rows if static else False}"
-        numbers = [torch.arange(len(tensors[0]), dtype=torch.int32).unsqueeze(1)] if static and tensors[0].dim() else []
+        countable = static and getattr(tensors[0], "ndim", 0) > 0  # what is no tensor is refused later
+        numbers = [torch.arange(len(tensors[0]), dtype=torch.int32).unsqueeze(1)] if countable else []
 
         def shape(received: list[torch.Tensor]) -> tuple[Any, ...]:
             return (*received[:num_named], received[num_named:]) if with_extra else tuple(received)
@@ -366,6 +367,23 @@ class CheckedCommunicator(Communicator):
         if self.load is not None and after - before:
             self.load(tuple(sorted(after - before)), ())
         return tuple(sorted(before - after))
+
+    # For a driver ----------------------------------------------------------------------------------------------------
+
+    @property
+    def last_exchange(self) -> Handle | None:
+        """The exchange that a plain combine is for, if one is open."""
+        return self._exchange.last
+
+    def refuse(self, method: str, error: EpmeshError) -> NoReturn:
+        """Makes known to all members that this rank's input to a collective `method` was refused elsewhere.
+
+        Raises:
+            EpmeshError: what all members raise.
+        """
+        with self._turn():
+            self._collectives.agree(describe(method, refusal=error))
+        raise error
 
     # Shared ----------------------------------------------------------------------------------------------------
 

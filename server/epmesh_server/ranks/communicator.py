@@ -80,6 +80,12 @@ class JoinedCommunicator(CheckedCommunicator):
     def view(self) -> View:
         return self._member.view
 
+    def begin_anew(self) -> None:
+        """Ends what is open, and passes over calls that others gave up waiting for: another driver begins."""
+        with self._turn(collective=False):
+            self._exchange.forget_open()
+            self._member.resynchronise()
+
     def wait_ready(self, timeout_s: float | None = None) -> tuple[View, int]:
         with self._turn(collective=False):
             view = self._await_view(self._rank_process.timeout_s if timeout_s is None else timeout_s)

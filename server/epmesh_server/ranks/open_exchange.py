@@ -303,6 +303,11 @@ class OpenExchanges(abc.ABC, Generic[AnyMember]):
     def _check_room(self, layout: Layout, tensors: Sequence[torch.Tensor]) -> None:
         """Refuses more rows than can travel."""
 
+    @property
+    def last(self) -> OpenExchange | None:
+        """The exchange that a plain combine is for, if one is open."""
+        return self._last
+
     def dispatch(self, request: Request) -> tuple[Any, ...]:
         """Sends rows out and takes rows in; the exchange becomes the one that a plain combine is for."""
         self.release()

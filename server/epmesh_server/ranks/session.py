@@ -19,6 +19,7 @@ import grpc
 
 from epmesh import errors
 from epmesh.channels import open_channel
+from epmesh.driver_memory import DriverMemory
 from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, Unauthenticated
 from epmesh.v1 import membership_service_pb2, rank_service_pb2, rank_service_pb2_grpc
 from epmesh.version import VERSION, check_compatible
@@ -111,6 +112,12 @@ class RankSession:
         return self._opened.local_rank
 
     @property
+    def token(self) -> bytes:
+        """The secret that the node service and this rank share."""
+        assert self._opened is not None
+        return self._opened.token
+
+    @property
     def view(self) -> View | None:
         """The newest view that arrived."""
         return self._view
@@ -145,6 +152,11 @@ class RankSession:
         with self._changed:
             self._changed.wait(timeout_s)
 
+    def wait_ended(self, timeout_s: float) -> bool:
+        """Waits for the end of the session; says whether it came."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._error is not None, timeout_s)
+
     def report_unreachable(self, peers: frozenset[tuple[int, str]]) -> None:
         """Tells the node service which peers (rank, link endpoint) cannot be reached; all of them, every time."""
         report = rank_service_pb2.UnreachablePeers()
@@ -175,6 +187,15 @@ class RankSession:
         """Fetches the memory of the node's ranks that serve: the answer, then one memfd."""
         wanted = rank_service_pb2.ServeBuffers(membership_epoch=membership_epoch)
         return self._descriptors(rank_service_pb2.DescriptorRequest(serve_buffers=wanted))
+
+    def driver_memory(self, driver_token: bytes) -> DriverMemory:
+        """The memory that this rank shares with its driver."""
+        wanted = rank_service_pb2.DriverBuffers(driver_token=driver_token)
+        answer, (fd,) = self._descriptors(rank_service_pb2.DescriptorRequest(driver_buffers=wanted))
+        try:
+            return DriverMemory(fd, answer.memfd_bytes, is_driver=False)
+        finally:
+            os.close(fd)
 
     def calm(self) -> bool:
         """Takes back wakes of the control page; whether there were any."""
