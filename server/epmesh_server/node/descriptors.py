@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from epmesh.errors import EpmeshError, InvalidRequest, NotReady, Unauthenticated
 from epmesh.v1 import rank_service_pb2
 from epmesh_server.node.buffers import BufferPool
+from epmesh_server.node.drivers import Driver, Drivers
 from epmesh_server.node.ranks import LocalRank, RankTable
 from epmesh_server.node.views import ViewBoard
 from epmesh_server.shared_memory import CONTROL_PAGE_BYTES
@@ -36,8 +37,9 @@ _Answer = tuple[rank_service_pb2.DescriptorResponse, Sequence[int]]
 class DescriptorBroker:
     """Listens at `path` until closed. Connections that show no valid token within `SILENT_S` are closed."""
 
-    def __init__(self, path: Path, table: RankTable, board: ViewBoard, pool: BufferPool) -> None:
+    def __init__(self, path: Path, table: RankTable, board: ViewBoard, pool: BufferPool, drivers: Drivers) -> None:
         self._path = path
+        self._drivers = drivers
         self._table = table
         self._board = board
         self._pool = pool
@@ -103,6 +105,10 @@ class DescriptorBroker:
     def _answer(self, connection: socket.socket, datagram: bytes) -> _Answer:
         try:
             request = _parse(datagram)
+            driver = self._drivers.by_token(request.token)
+            if driver is not None:
+                self._trust(connection)
+                return self._serve_driver(driver, request)
             entry = self._authenticate(connection, request.token)
             return self._serve(entry, request)
         except EpmeshError as exc:
@@ -112,11 +118,15 @@ class DescriptorBroker:
         entry = self._table.by_token(token)
         if entry is None:
             raise Unauthenticated("the token is not that of a living rank of this node")
+        self._trust(connection)
+        return entry
+
+    def _trust(self, connection: socket.socket) -> None:
+        """The connection has shown a valid token: it may be silent for as long as it likes."""
         timer = self._timers.get(connection)
         if timer is not None:
             timer.cancel()
             self._timers[connection] = None
-        return entry
 
     def _serve(self, entry: LocalRank, request: rank_service_pb2.DescriptorRequest) -> _Answer:
         wanted = request.WhichOneof("wanted")
@@ -127,7 +137,23 @@ class DescriptorBroker:
             return self._group_buffers(entry, request.group_buffers)
         if wanted == "serve_buffers":
             return self._serve_buffers(entry, request.serve_buffers)
-        raise InvalidRequest("a descriptor request must ask for control_page, group_buffers or serve_buffers")
+        if wanted == "driver_buffers":
+            driver = self._drivers.by_token(request.driver_buffers.driver_token)
+            if driver is None or driver.entry is not entry:
+                raise Unauthenticated(f"the driver's token is not that of the driver of rank {entry.rank}")
+            return self._driver_buffers(driver)
+        raise InvalidRequest(
+            "a descriptor request must ask for control_page, group_buffers, serve_buffers or driver_buffers"
+        )
+
+    def _serve_driver(self, driver: Driver, request: rank_service_pb2.DescriptorRequest) -> _Answer:
+        if request.WhichOneof("wanted") != "driver_buffers":
+            raise InvalidRequest("a driver may ask for driver_buffers alone")
+        return self._driver_buffers(driver)
+
+    def _driver_buffers(self, driver: Driver) -> _Answer:
+        memfd, num_bytes = self._drivers.memory(driver)
+        return rank_service_pb2.DescriptorResponse(memfd_bytes=num_bytes), (memfd,)
 
     def _group_buffers(self, entry: LocalRank, wanted: rank_service_pb2.GroupBuffers) -> _Answer:
         if self._board.view is None:

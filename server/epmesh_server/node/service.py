@@ -27,8 +27,10 @@ from epmesh.v1 import (
 )
 from epmesh_server.node.buffers import BufferPool
 from epmesh_server.node.commands import Commands
+from epmesh_server.node.communicator_service import CommunicatorService
 from epmesh_server.node.coordinator_link import CoordinatorLink
 from epmesh_server.node.descriptors import DescriptorBroker
+from epmesh_server.node.drivers import Drivers
 from epmesh_server.node.follower import EpochFollower
 from epmesh_server.node.front_caller import FrontCaller
 from epmesh_server.node.groups import Groups
@@ -47,6 +49,7 @@ _log = logging.getLogger(__name__)
 HEALTH_SERVICES = ("", "epmesh.node")
 _STOP_GRACE_S = 0.4
 _LEAVE_S = 0.3
+_DRIVER_REGIONS = 4  # the memory of a rank and its driver, in regions of its exchange; only touched pages count
 
 
 async def run_node(settings: NodeSettings, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
@@ -81,6 +84,17 @@ class Node:
         self._pool = BufferPool(settings.region_bytes)
         self._follower = EpochFollower(self._table, self._board, self._store, self._pool)
         self._hosting = RankHosting(self._table, self._follower, self._board, self._enrolment)
+        self._caller = FrontCaller()
+        self._drivers = Drivers(
+            self._table, self._board, self._enrolment, self._hosting.died, _DRIVER_REGIONS * settings.region_bytes
+        )
+        self._communicators = CommunicatorService(
+            self._drivers,
+            self._enrolment,
+            self._caller,
+            descriptor_socket=str(directory / DESCRIPTOR_SOCKET),
+            budget_bytes=_DRIVER_REGIONS * settings.region_bytes,
+        )
         self._health = health.aio.HealthServicer()
         self._channel = open_aio_channel(settings.coordinator)
         self._commands = Commands(self._table, self._board, self._follower, self._hosting, self._enrolment)
@@ -88,7 +102,6 @@ class Node:
         self._table.on_change = self._link.ranks_changed
         self._hosting.on_links = self._link.links_changed
         self._groups = Groups(settings.coordinator, self._channel, self._board)
-        self._caller = FrontCaller()
         self._router = RouterService(self._board, self._own_slot, self._caller)
         self._identity = Identity(settings.node_id or "", secrets.randbits(63) | 1, "", package_version())
         self._servers: list[grpc.aio.Server] = []
@@ -106,7 +119,9 @@ class Node:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         bound = await self._listen_tcp()
         await self._listen_unix()
-        broker = DescriptorBroker(self._directory / DESCRIPTOR_SOCKET, self._table, self._board, self._pool)
+        broker = DescriptorBroker(
+            self._directory / DESCRIPTOR_SOCKET, self._table, self._board, self._pool, self._drivers
+        )
         self._exit.callback(broker.close)
         return bound
 
@@ -180,6 +195,7 @@ class Node:
         discovery_service_pb2_grpc.add_DiscoveryServiceServicer_to_server(Discovery(self._board), server)
         group_service_pb2_grpc.add_GroupServiceServicer_to_server(self._groups, server)
         router_service_pb2_grpc.add_RouterServiceServicer_to_server(self._router, server)
+        self._communicators.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         return server
 
