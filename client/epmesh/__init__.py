@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from epmesh.attach import attach
 from epmesh.communicator import Communicator, Handle
 from epmesh.discovery import Mesh, connect
 from epmesh.errors import (
@@ -58,6 +59,7 @@ __all__ = [
     "StaleEpoch",
     "Unauthenticated",
     "View",
+    "attach",
     "connect",
     "join",
     "linear_placement",

@@ -16,6 +16,7 @@ import pytest
 from epmesh.testing import LocalMesh
 from tests.integration.contract import MAX_TOKENS, Feature, Shape
 from tests.integration.flat_ranks import start_flat_ranks
+from tests.integration.hosted_mesh import HostedMesh
 from tests.integration.targets import Runner
 
 EXCHANGE_TIMEOUT_S = 20.0
@@ -58,6 +59,24 @@ def start_local_mesh(shape: Shape) -> Iterator[Runner]:
         yield mesh.run
 
 
+def start_attached(transport: str) -> Start:
+    """Ranks that a node service hosts, each driven from this process."""
+
+    @contextlib.contextmanager
+    def start(shape: Shape) -> Iterator[Runner]:
+        with hosted(shape) as mesh, mesh.drivers(transport) as run:
+            yield run
+
+    return start
+
+
+def hosted(shape: Shape) -> HostedMesh:
+    """A mesh of hosted ranks in this shape."""
+    options = {"tensor_parallel_size": shape.tensor_parallel_size, "exchange_timeout_s": EXCHANGE_TIMEOUT_S}
+    return HostedMesh(shape.nodes, shape.ranks_per_node, options)
+
+
+NO_GROUPS = {Feature.PROCESS_GROUPS: "an attached rank's process groups are in the process that hosts it"}
 IMPLEMENTATIONS = (
     Implementation(
         name="join",
@@ -76,6 +95,9 @@ IMPLEMENTATIONS = (
             Feature.VIEWS: "there is no mesh behind a DeviceCommunicator",
         },
     ),
+    Implementation("attach-shm", start_attached("shm"), shapes=(Shape(2, 2),), lacks=NO_GROUPS),
+    Implementation("attach-zmq", start_attached("zmq"), shapes=(Shape(2, 2),), lacks=NO_GROUPS),
+    Implementation("attach-grpc", start_attached("grpc"), shapes=(Shape(2, 2),), lacks=NO_GROUPS),
 )
 
 

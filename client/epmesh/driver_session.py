@@ -1,0 +1,255 @@
+"""A driver's hold on a rank: the stream that keeps it, and what ends when it does."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+
+from epmesh import errors
+from epmesh.addresses import split_address
+from epmesh.channels import open_channel
+from epmesh.driver_memory import DriverMemory
+from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, NotReady
+from epmesh.v1 import (
+    communicator_service_pb2,
+    communicator_service_pb2_grpc,
+    discovery_service_pb2,
+    discovery_service_pb2_grpc,
+    rank_service_pb2,
+    rank_service_pb2_grpc,
+)
+from epmesh.version import VERSION, check_compatible
+from epmesh.view import View
+
+_log = logging.getLogger(__name__)
+
+RPC_TIMEOUT_S = 2.0
+_RETRY_S = 0.05
+_MAX_DATAGRAM = 65_536
+_T = TypeVar("_T")
+
+
+class DriverSession:
+    """One AttachRank stream. A thread of its own hears of its end, which fails whatever is waited for at once."""
+
+    def __init__(self, address: str, rank: int, driver: str, timeout_s: float) -> None:
+        """Becomes the rank's driver.
+
+        Args:
+            address: of the rank's own node service.
+            driver: who drives, for people.
+
+        Raises:
+            InvalidRequest: another driver has the rank, or it cannot be driven.
+            NotReady: the rank is not there yet.
+            MeshUnavailable: the node service did not answer within `timeout_s`.
+        """
+        self.rank = rank
+        self._address = address
+        self._lock = threading.Lock()  # guards what follows
+        self._error: EpmeshError | None = None
+        self._watchers: dict[int, Callable[[], object]] = {}
+        self._detached = False
+        self.channel = open_channel(address)
+        self._stub = communicator_service_pb2_grpc.CommunicatorServiceStub(self.channel)
+        request = communicator_service_pb2.AttachRankRequest(rank=rank, driver=driver, version=VERSION)
+        self._granted: Future[communicator_service_pb2.AttachRankResponse] = Future()
+        self._stream = self._stub.AttachRank(request)
+        self._thread = threading.Thread(target=self._read, name="epmesh-driver", daemon=True)
+        self._thread.start()
+        try:
+            self.granted = self._granted.result(timeout_s)
+        except TimeoutError:
+            self._hang_up()
+            raise MeshUnavailable(f"AttachRank at {address}: no answer within {timeout_s:g} s") from None
+        except BaseException:
+            self._hang_up()
+            raise
+
+    @property
+    def error(self) -> EpmeshError | None:
+        """Why the session is over, if it is."""
+        return self._error
+
+    def wait(self, future: Future[_T], timeout_s: float) -> _T:
+        """The future's result.
+
+        Raises:
+            EpmeshError: its error, or why the session ended before it was done.
+            DeadlineExceeded: it was not done within `timeout_s`.
+        """
+        done = threading.Event()
+        future.add_done_callback(lambda _: done.set())
+        with self.watched(done.set):
+            done.wait(timeout_s)
+        if not future.done():
+            future.cancel()
+            raise self._error or DeadlineExceeded(
+                self.rank, 0, f"rank {self.rank} did not answer within {timeout_s:g} s"
+            )
+        try:
+            return future.result()
+        except CancelledError:
+            raise MeshUnavailable(f"the call on rank {self.rank} was cancelled") from None
+
+    @contextlib.contextmanager
+    def watched(self, on_end: Callable[[], object]) -> Iterator[None]:
+        """Has `on_end` called should the session end meanwhile; at once if it has."""
+        key = id(on_end)
+        with self._lock:
+            over = self._error is not None
+            self._watchers[key] = on_end
+        if over:
+            on_end()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watchers.pop(key, None)
+
+    def end_within(self, timeout_s: float) -> EpmeshError | None:
+        """Why the session is over, if it is before `timeout_s` passed."""
+        over = threading.Event()
+        with self.watched(over.set):
+            over.wait(timeout_s)
+        return self._error
+
+    def open_memory(self) -> DriverMemory:
+        """The memory shared with the rank.
+
+        Raises:
+            MeshUnavailable: the node's descriptor socket is not to be had here: another host, most likely.
+        """
+        path = self.granted.descriptor_socket
+        if not path or not Path(path).exists():
+            raise MeshUnavailable(f"{path} is not on this host: the rank is on another one")
+        request = rank_service_pb2.DescriptorRequest(
+            token=self.granted.token, driver_buffers=rank_service_pb2.DriverBuffers()
+        )
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as connection:
+            connection.settimeout(RPC_TIMEOUT_S)
+            try:
+                connection.connect(path)
+                connection.send(request.SerializeToString())
+                data, fds, _, _ = socket.recv_fds(connection, _MAX_DATAGRAM, 1, socket.MSG_CMSG_CLOEXEC)
+            except OSError as exc:
+                raise MeshUnavailable(f"the node service's descriptor socket failed: {exc}") from exc
+        return _mapped(rank_service_pb2.DescriptorResponse.FromString(data), fds)
+
+    def detach(self) -> None:
+        """Gives the rank back in good order; idempotent, and never raises for a service that is gone."""
+        with self._lock:
+            if self._detached:
+                return
+            self._detached = True
+            over = self._error is not None
+        if not over:
+            request = communicator_service_pb2.DetachRankRequest(rank=self.rank, token=self.granted.token)
+            try:
+                self._stub.DetachRank(request, timeout=RPC_TIMEOUT_S)
+            except grpc.RpcError as exc:
+                _log.warning("rank=%d detach.failed: %s", self.rank, errors.from_rpc_error(exc, "DetachRank"))
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        self._detached = True
+        self._stream.cancel()
+        self._thread.join(RPC_TIMEOUT_S)
+        self.channel.close()
+
+    def _read(self) -> None:
+        error: EpmeshError = MeshUnavailable(f"rank {self.rank} was given back; attach again")
+        try:
+            for granted in self._stream:
+                self._granted.set_result(granted)
+        except grpc.RpcError as exc:
+            error = errors.from_rpc_error(exc, f"AttachRank at {self._address}")
+        self._end(error)
+
+    def _end(self, error: EpmeshError) -> None:
+        with self._lock:
+            self._error = error
+            watchers = list(self._watchers.values())
+        if not self._granted.done():
+            self._granted.set_exception(error)
+        elif not self._detached:
+            _log.warning("rank=%d driver.ended: %s", self.rank, error)
+        for on_end in watchers:
+            on_end()
+
+
+def open_session(address: str, rank: int, driver: str, timeout_s: float) -> DriverSession:
+    """Becomes the driver of `rank`, through any node service of its mesh; waits until the rank is there.
+
+    Raises:
+        InvalidRequest: the address is none, another driver has the rank, or it cannot be driven.
+        MeshUnavailable: no such rank could be had within `timeout_s`.
+    """
+    split_address(address, "the node service's address")
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left = max(0.1, deadline - time.monotonic())
+        try:
+            return DriverSession(find_node(address, rank, min(left, RPC_TIMEOUT_S)), rank, driver, left)
+        except (NotReady, MeshUnavailable) as exc:
+            if time.monotonic() + _RETRY_S > deadline:
+                raise MeshUnavailable(f"rank {rank} not to be had within {timeout_s:g} s: {exc}") from exc
+        threading.Event().wait(_RETRY_S)
+
+
+def find_node(address: str, rank: int, timeout_s: float) -> str:
+    """The address of the node service that has `rank`, by any of its mesh.
+
+    Raises:
+        NotReady: there is no view yet, or no such node in it.
+        InvalidRequest: the node service has another major or minor version.
+        MeshUnavailable: nobody answered.
+    """
+    with open_channel(address) as channel:
+        try:
+            node = rank_service_pb2_grpc.RankServiceStub(channel).DescribeNode(
+                rank_service_pb2.DescribeNodeRequest(), timeout=timeout_s
+            )
+            check_compatible(VERSION, node.version, f"node service at {address}")
+            request = discovery_service_pb2.GetViewRequest()
+            message = discovery_service_pb2_grpc.DiscoveryServiceStub(channel).GetView(request, timeout=timeout_s).view
+        except grpc.RpcError as exc:
+            error = errors.from_rpc_error(exc, f"node service at {address}")
+            raise MeshUnavailable(f"{error}; is `epmesh serve` running there?") from exc
+    if not node.registered or not message.stride:
+        raise NotReady(f"the node service at {address} has no view yet")
+    view = View.from_proto(message)
+    if view.slot_of(rank) == node.slot:
+        return address
+    for other in view.nodes:
+        if other.slot == view.slot_of(rank):
+            return other.address
+    slots = [other.slot for other in view.nodes]
+    raise NotReady(f"rank {rank} belongs to slot {view.slot_of(rank)}, where no node is; there are slots {slots}")
+
+
+def driver_text() -> str:
+    """Who this process is, for people."""
+    return f"process {os.getpid()} on {socket.gethostname()} ({Path(sys.argv[0] or sys.executable).name})"[:256]
+
+
+def _mapped(response: rank_service_pb2.DescriptorResponse, fds: list[int]) -> DriverMemory:
+    if response.HasField("error"):
+        raise MeshUnavailable(f"no shared memory: {errors.from_proto(response.error)}")
+    if len(fds) != 1:
+        raise InvalidRequest("the node service sent no descriptor; is it of another version?")
+    try:
+        return DriverMemory(fds[0], response.memfd_bytes, is_driver=True)
+    finally:
+        os.close(fds[0])
