@@ -33,7 +33,7 @@ def connect(address: str | Sequence[str], *, timeout_s: float = 10.0) -> Mesh:
 
     Raises:
         MeshUnavailable: none answered in time; the text says of each address why.
-        InvalidRequest: an argument is malformed, or the services have another major or minor version.
+        InvalidRequest: an argument is malformed, or the services have another major or minor version, or say none.
     """
     addresses = parse_addresses(address, "address")
     _check_timeout(timeout_s)
