@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from epmesh.replicas import Replicas
 STRIDE = 4
 
 
-def make_replicas(experts_of: dict[int, tuple[int, ...]], num_experts: int) -> tuple[Replicas, Topology]:
+def make_replicas(experts_of: Mapping[int, tuple[int, ...]], num_experts: int) -> tuple[Replicas, Topology]:
     ranks = tuple(sorted(experts_of))
     topology = Topology(ranks, tuple(rank // STRIDE for rank in ranks), -1)
     routing = make_routing(Placement(num_experts, experts_of), topology, make_reach(topology, STRIDE))
