@@ -210,14 +210,18 @@ class PlainRouter:
             request = front_pb2.FrontRequest(serve_rows=front_pb2.ServeRows(epoch=self.view.epoch, ranks=ranks))
             if layer is not None:
                 request.serve_rows.layer = layer
-            tensors = [hidden, weights, ids, codes]
-            request.tensors.extend(tensor_meta(dtype_name(t.dtype), tuple(t.shape)) for t in tensors)
             rank = entry if entry in ranks else ranks[0]
-            info = self.view.ranks[rank]
-            peer = FrontPeer(rank, info.incarnation, info.front_endpoint)
-            reply = self._client.call(peer, request, [as_bytes(t).data for t in tensors], timeout_s=timeout_s)
-            calls.append(Call(node.slot, reply))
+            calls.append(Call(node.slot, self.call(rank, request, [hidden, weights, ids, codes], timeout_s)))
         return calls
+
+    def call(
+        self, rank: int, request: front_pb2.FrontRequest, tensors: list[torch.Tensor], timeout_s: float = 20.0
+    ) -> Future[FrontReply]:
+        """One request to the front of `rank`."""
+        request.tensors.extend(tensor_meta(dtype_name(t.dtype), tuple(t.shape)) for t in tensors)
+        info = self.view.ranks[rank]
+        peer = FrontPeer(rank, info.incarnation, info.front_endpoint)
+        return self._client.call(peer, request, [as_bytes(t).data for t in tensors], timeout_s=timeout_s)
 
     def forward(
         self, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, **options: object

@@ -54,6 +54,22 @@ def test_a_slab_that_is_not_given_back_is_never_given_out_again() -> None:
     assert memory.take(1) is None
 
 
+def test_a_lost_slab_keeps_no_pages_and_may_still_be_written_to() -> None:
+    memfd = sealed_memfd("test", SECTION)
+    memory = ServeMemory(5, 4, [4], SECTION, os.dup(memfd))
+    slab = memory.take(SECTION // 2)
+    assert slab is not None
+    slab.data[:] = 1
+    before = os.fstat(memfd).st_blocks
+    slab.lose()
+    assert os.fstat(memfd).st_blocks < before / 4
+    slab.data[:] = 2
+    after = memory.take(SECTION // 2)
+    assert after is not None
+    assert after.start >= SECTION // 2
+    os.close(memfd)
+
+
 @given(st.lists(st.one_of(st.integers(0, 4000), st.none()), max_size=60), st.randoms(use_true_random=False))
 def test_slabs_never_overlap_and_all_room_comes_back(steps: list[int | None], chance: Any) -> None:
     slabs = Slabs(1 << 14)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from epmesh import InvalidRequest, NodeInfo, Placement, RankInfo, RankMode, StaleEpoch, View
 from epmesh.frames import tensor_meta
-from epmesh_server.ranks.serving_rows import ELSEWHERE, Holders, RouterRows, parse_router_rows, parse_rows
+from epmesh.layout import Ints
+from epmesh_server.ranks.serving_rows import ELSEWHERE, Holders, RouterRows, Rows, parse_router_rows, parse_rows
 
 HIDDEN = 4
 
@@ -27,6 +28,16 @@ def router_rows(ids: Any, targets: Any, ranks: list[int], dtype: str = "int64") 
     return parse_router_rows(
         2, ranks, metas, [np.ascontiguousarray(t).reshape(-1).view(np.uint8).data for t in tensors]
     )
+
+
+def share_of(rows: RouterRows, rank: int, elsewhere: bool = False) -> tuple[Ints, Rows]:
+    """With `elsewhere`, put into memory that is given."""
+    index = rows.index(rank)
+    into = [np.zeros(len(index) * width, np.uint8) for width in rows.rows.row_bytes] if elsewhere else None
+    share = rows.share(rank, index, into)
+    if into is not None:
+        assert [np.shares_memory(a, b) for a, b in zip(share.arrays, into, strict=True)] == [True] * 3
+    return index, share
 
 
 def view_of(*ranks: RankInfo, experts_of: dict[int, tuple[int, ...]] | None = None, stride: int = 4) -> View:
@@ -46,12 +57,12 @@ def serving(rank: int, mode: RankMode = RankMode.SERVE, front: str = "tcp://h:1"
 def test_a_share_has_each_row_once_and_only_its_own_ids() -> None:
     rows = router_rows([[5, 1], [1, 2], [-1, 7], [3, 3]], [[0, 1], [1, 1], [127, 127], [0, 127]], [4, 6])
     assert list(rows.wanted) == [4, 6]
-    index, share = rows.of(4)
+    index, share = share_of(rows, 4)
     assert index.tolist() == [0, 3]
     assert share.topk_ids.tolist() == [[5, -1], [3, -1]]
     assert share.hidden_states.view(np.float32)[:, 0].tolist() == [0.0, 3.0]
     assert share.topk_weights.view(np.float32).tolist() == [[0.0, 1.0], [6.0, 7.0]]
-    index, share = rows.of(6)
+    index, share = share_of(rows, 6)
     assert index.tolist() == [0, 1]
     assert share.topk_ids.tolist() == [[-1, 1], [1, 2]]
     assert share.key.layer == 2
@@ -74,7 +85,7 @@ def test_shares_together_are_the_rows(data: st.DataObject) -> None:
     assert list(made.wanted) == sorted(made.wanted)
     seen = np.full((rows, topk), -1)
     for rank in made.wanted:
-        index, share = made.of(rank)
+        index, share = share_of(made, rank, data.draw(st.booleans()))
         assert (share.topk_ids >= 0).any(axis=1).all()
         assert share.num_rows == len(set(index.tolist())) > 0
         mine = share.topk_ids >= 0

@@ -83,6 +83,10 @@ class Slab:
         """Lets it be used again; not if the neighbour may still write to it."""
         self.memory.slabs.give_back(self.start)
 
+    def lose(self) -> None:
+        """Never uses it again: the neighbour may still write to it. Its pages need not be kept for that."""
+        self.memory.discard(self.start, len(self.data))
+
 
 class ServeMemory:
     """The mapped memory of one membership; it stays mapped for as long as somebody refers to it."""
@@ -99,7 +103,8 @@ class ServeMemory:
         try:
             if me not in ranks or size % len(ranks):
                 raise InvalidRequest(f"serve memory of {size} bytes for ranks {list(ranks)}; rank {me} cannot use it")
-            self._memory: Bytes = np.frombuffer(mmap.mmap(memfd, size), np.uint8)
+            self._map = mmap.mmap(memfd, size)
+            self._memory: Bytes = np.frombuffer(self._map, np.uint8)
         finally:
             os.close(memfd)
         self._section_bytes = size // len(ranks)
@@ -111,6 +116,13 @@ class ServeMemory:
         """A slab of this rank's section; `None` where there is no room."""
         start = self.slabs.take(size)
         return None if start is None else Slab(self, start, self.at(self._me, start, size))
+
+    def discard(self, start: int, size: int) -> None:
+        """Returns the pages of a part of this rank's section to the system; whoever writes there gets new ones."""
+        start += self._sections[self._me]
+        first, last = -(-start // mmap.PAGESIZE), (start + size) // mmap.PAGESIZE
+        if first < last:
+            self._map.madvise(mmap.MADV_REMOVE, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
     def at(self, rank: int, start: int, size: int) -> Bytes:
         """Bytes of a rank's section.

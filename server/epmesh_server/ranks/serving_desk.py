@@ -17,8 +17,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, Overloaded, PeerLost
 from epmesh.frames import Buffer, num_bytes
 from epmesh.front import INLINE, FrontClient, FrontPeer
@@ -36,7 +34,7 @@ from epmesh_server.ranks.serving_request import (
     result_room,
     wrote_last,
 )
-from epmesh_server.ranks.serving_rows import Bytes, Holders, Rows, parse_router_rows, parse_rows
+from epmesh_server.ranks.serving_rows import Bytes, Holders, RouterRows, Rows, parse_router_rows, parse_rows
 from epmesh_server.ranks.session import RankSession
 from epmesh_server.ranks.tensors import as_rows, dtype_from_name, meta_of
 
@@ -116,6 +114,7 @@ class Desk:
         poller = select.poll()
         poller.register(self._wake_fd, select.POLLIN)
         poller.register(self._session.wake_fd, select.POLLIN)
+        looked_at = 0.0
         while not self._closing:
             busy = self._requests or self._early
             poller.poll(_TICK_S * 1000 if busy else 500)
@@ -125,7 +124,10 @@ class Desk:
                 self._job(self._membership_changed)
             while self._jobs and not self._closing:
                 self._job(self._jobs.popleft())
-            self._expire(time.monotonic())
+            now = time.monotonic()
+            if now - looked_at >= _TICK_S:
+                looked_at = now
+                self._expire(now)
 
     def _job(self, job: Job) -> None:
         try:
@@ -207,10 +209,10 @@ class Desk:
         """Gives every rank its share; the neighbours first, so that they compute while this rank does."""
         wanted = request.router_rows.wanted
         for rank in [rank for rank in wanted if rank != self._me]:
-            index, rows = request.router_rows.of(rank)
-            self._announce(request, rank, index, rows)
+            self._announce(request, rank)
         if self._me in wanted:
-            index, rows = request.router_rows.of(self._me)
+            index = request.router_rows.index(self._me)
+            rows = request.router_rows.share(self._me, index)
             self._stats.shares += 1
             self._queue.put(
                 QueuedShare(
@@ -221,8 +223,9 @@ class Desk:
                 )
             )
 
-    def _announce(self, request: RouterRequest, rank: int, index: Ints, rows: Rows) -> None:
-        message, frames, slab, result_at = self._written(rows)
+    def _announce(self, request: RouterRequest, rank: int) -> None:
+        index = request.router_rows.index(rank)
+        message, frames, slab, result_at = self._written(request.router_rows, rank, index)
         info = request.view.ranks[rank]
         peer = FrontPeer(rank, info.incarnation, info.front_endpoint)
         timeout_s = max(request.deadline - time.monotonic(), 0.001)
@@ -231,25 +234,26 @@ class Desk:
         request.neighbours.append(share)
         answer.add_done_callback(lambda _: self._post(lambda: self._take_answer(request, share)))
 
-    def _written(self, rows: Rows) -> tuple[front_pb2.FrontRequest, list[Buffer], Slab | None, int]:
+    def _written(
+        self, router_rows: RouterRows, rank: int, index: Ints
+    ) -> tuple[front_pb2.FrontRequest, list[Buffer], Slab | None, int]:
         """The announcement of a share: its rows in the section of this rank, or as frames where there is no room."""
-        arrays = [
-            rows.hidden_states.reshape(-1),
-            rows.topk_weights.reshape(-1),
-            rows.topk_ids.reshape(-1).view(np.uint8),
-        ]
-        room = result_room(dtype_from_name(rows.key.hidden_dtype).itemsize, rows.num_rows, rows.key.hidden)
-        starts, end = _places([array.nbytes for array in arrays])
-        message = front_pb2.FrontRequest(tensors=rows.metas)
+        key = router_rows.rows.key
+        message = front_pb2.FrontRequest()
         message.serve_share.source = self._me
-        if rows.key.layer is not None:
-            message.serve_share.layer = rows.key.layer
+        if key.layer is not None:
+            message.serve_share.layer = key.layer
+        sizes = [len(index) * width for width in router_rows.rows.row_bytes]
+        starts, end = _places(sizes)
+        room = result_room(dtype_from_name(key.hidden_dtype).itemsize, len(index), key.hidden)
         memory = self._memories.newest()
         slab = memory.take(end + room) if memory is not None else None
         if memory is None or slab is None:
-            return message, [array.data for array in arrays], None, 0
-        for start, array in zip(starts, arrays, strict=True):
-            slab.data[start : start + array.nbytes] = array
+            rows = router_rows.share(rank, index)
+            message.tensors.extend(rows.metas)
+            return message, [array.data for array in rows.arrays], None, 0
+        into = [slab.data[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+        message.tensors.extend(router_rows.share(rank, index, into).metas)
         self._session.page.barrier()
         message.places.extend(slab.start + start for start in starts)
         message.serve_share.membership_epoch = memory.membership_epoch
@@ -319,7 +323,8 @@ class Desk:
         request.over = True
         self._requests.discard(request)
         for share in request.neighbours:
-            share.answer.cancel()  # tells the neighbour, unless it answered
+            if not share.answer.cancel():  # which tells the neighbour; but it answered before
+                share.answered = wrote_last(share.answer.exception())
             share.release()
 
     # Neighbours' shares ----------------------------------------------------------------------------------------

@@ -50,11 +50,10 @@ class NeighbourShare:
     answered: bool = False
 
     def release(self) -> None:
-        """Lets the slab be used again, if the neighbour writes no more; idempotent."""
-        slab = self.slab
-        if slab is not None and self.answered:
-            self.slab = None
-            slab.give_back()
+        """Lets the slab be used again if the neighbour writes no more, and never again if it may; idempotent."""
+        slab, self.slab = self.slab, None
+        if slab is not None:
+            slab.give_back() if self.answered else slab.lose()
 
     def results(self, reply: FrontReply) -> torch.Tensor:
         """What the neighbour computed, ``[rows, width]``, in the slab or a frame.
@@ -123,6 +122,8 @@ class RouterRequest:
             raise InvalidRequest(f"experts of one layer returned {' and '.join(kinds)} on this node; make them equal")
         results = parts[0][1]
         accumulator(results.dtype, "the node's sum")
+        if len(parts) == 1 and len(parts[0][0]) == rows.num_rows:
+            return results.clone()
         return sum_rows(parts, rows.num_rows, results.shape[1], results.dtype)
 
     def answer(self, total: torch.Tensor) -> None:

@@ -59,6 +59,16 @@ class Rows:
         return self.hidden_states.nbytes + self.topk_weights.nbytes + self.topk_ids.nbytes
 
     @property
+    def row_bytes(self) -> tuple[int, int, int]:
+        """Bytes of a row of each array."""
+        return self.hidden_states.shape[1], self.topk_weights.shape[1], self.topk_ids[:1].itemsize * self.key.num_topk
+
+    @property
+    def arrays(self) -> list[Bytes]:
+        """The three arrays as flat bytes."""
+        return [self.hidden_states.reshape(-1), self.topk_weights.reshape(-1), self.topk_ids.reshape(-1).view(np.uint8)]
+
+    @property
     def metas(self) -> list[frame_pb2.TensorMeta]:
         """dtype and shape of the three arrays."""
         key, rows = self.key, self.num_rows
@@ -117,13 +127,34 @@ class RouterRows:
         present = np.unique(self.targets[self.rows.topk_ids >= 0])
         return dict(sorted((self.ranks[index], int(index)) for index in present if index != ELSEWHERE))
 
-    def of(self, rank: int) -> tuple[Ints, Rows]:
-        """Which rows (ascending) are for `rank`, and its share: each row once, ids of others -1."""
+    def index(self, rank: int) -> Ints:
+        """Which rows are for `rank`, ascending."""
+        return np.flatnonzero(self._mine(rank).any(axis=1))
+
+    def share(self, rank: int, index: Ints, into: Sequence[Bytes] | None = None) -> Rows:
+        """The rows of `rank`, whose `index` is given: each once, with -1 for ids that are others' to compute.
+
+        Args:
+            into: flat memory for the three arrays, of their sizes; `None`: memory of their own, except that rows which
+                are all of them stay where they are.
+        """
         rows = self.rows
-        mine = (self.targets == self.wanted[rank]) & (rows.topk_ids >= 0)
-        index = np.flatnonzero(mine.any(axis=1))
-        ids = np.where(mine[index], rows.topk_ids[index], -1).astype(rows.topk_ids.dtype, copy=False)
-        return index, Rows(rows.key, rows.hidden_states[index], rows.topk_weights[index], ids)
+        ids = np.where(self._mine(rank)[index], rows.topk_ids[index], rows.topk_ids.dtype.type(-1))
+        if into is None:
+            whole = len(index) == rows.num_rows
+            hidden, weights = (each if whole else each[index] for each in (rows.hidden_states, rows.topk_weights))
+            return Rows(rows.key, hidden, weights, ids)
+        hidden, weights = (
+            _taken(source, index, target)
+            for source, target in zip((rows.hidden_states, rows.topk_weights), into, strict=False)
+        )
+        placed = into[2].view(ids.dtype).reshape(ids.shape)
+        placed[:] = ids
+        return Rows(rows.key, hidden, weights, placed)
+
+    def _mine(self, rank: int) -> npt.NDArray[np.bool_]:
+        mine: npt.NDArray[np.bool_] = (self.targets == self.wanted[rank]) & (self.rows.topk_ids >= 0)
+        return mine
 
 
 def parse_router_rows(
@@ -211,6 +242,12 @@ def serves_beside(view: View, rank: int, me: int) -> bool:
     if info is None or view.slot_of(rank) != view.slot_of(me):
         return False
     return info.mode is RankMode.SERVE and bool(info.front_endpoint)
+
+
+def _taken(source: Bytes, index: Ints, target: Bytes) -> Bytes:
+    """Rows of `source`, put into `target`."""
+    rows = target.reshape(len(index), source.shape[1])
+    return source.take(index, axis=0, out=rows, mode="clip")  # any other mode copies once more
 
 
 def _text(meta: frame_pb2.TensorMeta) -> str:
