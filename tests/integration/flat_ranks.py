@@ -33,6 +33,7 @@ class FlatRank:
     rank: int
     world_size: int
     tensor_parallel_size: int
+    max_tokens_per_rank: int
 
 
 def flat_rank_main(pipe: Connection[Any, Any], settings: FlatRank) -> None:
@@ -58,7 +59,7 @@ def flat_rank_main(pipe: Connection[Any, Any], settings: FlatRank) -> None:
         group,
         "ep",
         tensor_parallel_size=settings.tensor_parallel_size,
-        max_tokens_per_rank=MAX_TOKENS,
+        max_tokens_per_rank=settings.max_tokens_per_rank,
         exchange_timeout_s=TIMEOUT_S,
     )
     while True:
@@ -79,17 +80,14 @@ def _answer(comm: object, message: Work) -> object:
 
 
 @contextlib.contextmanager
-def start_flat_ranks(shape: Shape) -> Iterator[Runner]:
-    """As many ranks as `shape` has, all in one group."""
+def start_flat_ranks(shape: Shape, max_tokens_per_rank: int = MAX_TOKENS) -> Iterator[Runner]:
+    """As many ranks as `shape` has, all in one group; one that dies returns `None`."""
     start_mesh_fork_server()  # with torch imported, once for all
     with tempfile.TemporaryDirectory(prefix="epmesh-") as folder:
         meeting = str(Path(folder) / "meeting")
+        common = (shape.world_size, shape.tensor_parallel_size, max_tokens_per_rank)
         children = {
-            rank: Child(
-                f"flat-{rank}",
-                flat_rank_main,
-                FlatRank(meeting, rank, shape.world_size, shape.tensor_parallel_size),
-            )
+            rank: Child(f"flat-{rank}", flat_rank_main, FlatRank(meeting, rank, *common))
             for rank in range(shape.world_size)
         }
 
@@ -98,7 +96,7 @@ def start_flat_ranks(shape: Shape) -> Iterator[Runner]:
             for rank, answer in sorted(answers.items()):
                 if isinstance(answer, Raised):
                     raise answer.error(f"rank {rank}")
-            return [pickling.loads(answers[rank].pickled) for rank in sorted(answers)]
+            return [answer and pickling.loads(answer.pickled) for _, answer in sorted(answers.items())]
 
         try:
             yield run

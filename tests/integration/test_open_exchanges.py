@@ -9,14 +9,35 @@ import torch
 
 from epmesh import Communicator, EpmeshError, InvalidRequest, PeerLost, StaleEpoch
 from epmesh.testing import LocalMesh
+from tests.integration.contract import Shape
+from tests.integration.flat_ranks import start_flat_ranks
+from tests.integration.targets import Runner
 
 NUM_EXPERTS = 8
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Iterator[LocalMesh]:
+def mesh() -> Iterator[Runner]:
     with LocalMesh(2, 2, num_experts=NUM_EXPERTS, exchange_timeout_s=5.0, max_tokens_per_rank=64) as made:
-        yield made
+        yield made.run
+
+
+@pytest.fixture(scope="module")
+def flat() -> Iterator[Runner]:
+    with start_flat_ranks(Shape(2, 2), max_tokens_per_rank=64) as run:
+        run(declare)
+        yield run
+
+
+@pytest.fixture(params=["mesh", "flat"])
+def run(request: pytest.FixtureRequest) -> Runner:
+    """Runs a work in every rank, of a mesh or of process groups alone."""
+    runner: Runner = request.getfixturevalue(request.param)
+    return runner
+
+
+def declare(comm: Communicator) -> None:
+    comm.set_expert_placement(NUM_EXPERTS)
 
 
 def rows_for(comm: Communicator, num_tokens: int, value: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -36,8 +57,8 @@ def change_after_dispatch(comm: Communicator) -> bool:
     return not len(received) or (torch.equal(received[:, 0], expected) and bool((received_weights == 1).all()))
 
 
-def test_a_tensor_may_be_changed_as_soon_as_dispatch_returns(mesh: LocalMesh) -> None:
-    assert all(mesh.run(change_after_dispatch))
+def test_a_tensor_may_be_changed_as_soon_as_dispatch_returns(run: Runner) -> None:
+    assert all(run(change_after_dispatch))
 
 
 def hold_a_handle(comm: Communicator, num_calls: int) -> bool:
@@ -51,8 +72,8 @@ def hold_a_handle(comm: Communicator, num_calls: int) -> bool:
     return bool((comm.combine(received, handle=held) == 100.0 + comm.rank).all())
 
 
-def test_a_handle_keeps_its_rows_over_many_other_calls(mesh: LocalMesh) -> None:
-    assert mesh.run(hold_a_handle, 7) == [True] * 4
+def test_a_handle_keeps_its_rows_over_many_other_calls(run: Runner) -> None:
+    assert run(hold_a_handle, 7) == [True] * 4
 
 
 def static_and_exact(comm: Communicator) -> bool:
@@ -72,8 +93,8 @@ def static_and_exact(comm: Communicator) -> bool:
     return torch.equal(first, 2 * hidden) and torch.equal(second, hidden)
 
 
-def test_static_and_exact_exchanges_may_be_open_together(mesh: LocalMesh) -> None:
-    assert mesh.run(static_and_exact) == [True] * 4
+def test_static_and_exact_exchanges_may_be_open_together(run: Runner) -> None:
+    assert run(static_and_exact) == [True] * 4
 
 
 def too_many_static_tokens(comm: Communicator) -> str:
@@ -84,8 +105,8 @@ def too_many_static_tokens(comm: Communicator) -> str:
     return ""
 
 
-def test_more_tokens_than_static_mode_has_room_for_are_refused_on_all(mesh: LocalMesh) -> None:
-    (text,) = set(mesh.run(too_many_static_tokens))
+def test_more_tokens_than_static_mode_has_room_for_are_refused_on_all(run: Runner) -> None:
+    (text,) = set(run(too_many_static_tokens))
     assert text == "dispatch on rank 1: 65 tokens in static mode; max_tokens_per_rank is 64"
 
 
@@ -101,8 +122,8 @@ def combine_in_place(comm: Communicator, part: bool) -> bool:
 
 
 @pytest.mark.parametrize("part", [False, True])
-def test_results_in_the_zero_copy_buffer_are_read_as_they_are(mesh: LocalMesh, part: bool) -> None:
-    assert mesh.run(combine_in_place, part) == [True] * 4
+def test_results_in_the_zero_copy_buffer_are_read_as_they_are(mesh: Runner, part: bool) -> None:
+    assert mesh(combine_in_place, part) == [True] * 4
 
 
 def combine_nothing(comm: Communicator) -> tuple[str, str]:
@@ -115,12 +136,12 @@ def combine_nothing(comm: Communicator) -> tuple[str, str]:
     return "", ""
 
 
-def test_a_combine_of_no_tensor_is_refused_on_all_ranks(mesh: LocalMesh) -> None:
-    ((kind, text),) = set(mesh.run(combine_nothing))
+def test_a_combine_of_no_tensor_is_refused_on_all_ranks(run: Runner) -> None:
+    ((kind, text),) = set(run(combine_nothing))
     assert kind == "InvalidRequest"
     assert "combine on rank 2" in text
     assert "None" in text
-    assert mesh.run(hold_a_handle, 1) == [True] * 4
+    assert run(hold_a_handle, 1) == [True] * 4
 
 
 def overlap_until_stale(comm: Communicator) -> list[int]:
