@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -116,6 +119,28 @@ def test_a_rank_that_was_stopped_for_too_long_joins_again_in_the_same_process(sh
     service.line("hosted by process", count=3)
     assert processes(service)[1] == pid
     ranks_when(shell, lambda ranks: [rank["rank"] for rank in ranks] == [0, 1])
+
+
+def test_drivers_use_them_and_one_that_dies_costs_a_membership_and_no_process(shell: Shell) -> None:
+    service = serve(shell, "--num-experts", "4")
+    before = processes(service)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda rank: doubled(shell.address, rank), (0, 1))) == [6.0, 6.0]
+    code = f"import epmesh, os; epmesh.attach({shell.address!r}, rank=1, world_size=2); os._exit(0)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)
+    service.line(r"rank 1 \| WARNING .*out of the mesh, joins again .*its driver, .* is gone")
+    service.line("hosted by process", count=3)
+    assert processes(service) == before
+    first, second = ranks_when(shell, lambda ranks: len(ranks) == 2)
+    assert [rank["experts"][0]["experts"] for rank in (first, second)] == [[0, 1], [2, 3]]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda rank: doubled(shell.address, rank), (0, 1))) == [6.0, 6.0]
+
+
+def doubled(address: str, rank: int) -> float:
+    """The sum over two ranks of 3."""
+    with epmesh.attach(address, rank=rank, world_size=2, timeout_s=PATIENCE_S) as comm:
+        return float(comm.all_reduce(torch.tensor([3.0])))
 
 
 @pytest.mark.parametrize(

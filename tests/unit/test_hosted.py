@@ -75,6 +75,15 @@ def test_each_rank_gets_its_own_part() -> None:
     assert HostedRanks(count=2).rank(0, "h:1").held is None
 
 
+def test_a_rank_that_joins_again_declares_what_it_held_and_waits_for_nobody() -> None:
+    first = HostedRanks(count=2, num_experts=4).rank(0, "h:1")
+    again = first.again((0, 1))
+    assert (again.held, again.world_size, again.local_rank) == ((0, 1), 1, 0)
+    assert first.again(None) == first  # it never got experts: it still waits for the default
+    without = HostedRanks(count=2).rank(0, "h:1")
+    assert (without.again((0,)).held, without.again(None).world_size) == (None, 1)
+
+
 @pytest.fixture
 def hosted(monkeypatch: pytest.MonkeyPatch) -> list[HostedRanks | None]:
     """The hosted ranks that `epmesh serve` would have run."""

@@ -11,26 +11,26 @@ from epmesh_server.hosted.factory import Experts, Factory
 
 if TYPE_CHECKING:
     from epmesh_server.ranks.communicator import JoinedCommunicator
+    from epmesh_server.ranks.front import Front
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.2
+_DESCRIBE_WITHIN_S = 1e6  # the coordinator may be started whenever it pleases
 
 
 class Duty(Protocol):
-    """One of them. `prepare` and `run` are called once for each membership, in turn."""
+    """One of them. Called in this order for each membership; `close` ends whatever `open` began."""
 
-    @property
-    def front_endpoint(self) -> str:
-        """Where the rank takes requests from the moment on that it joins; empty: nowhere yet."""
+    def open(self) -> str:
+        """Before joining: where the rank takes requests from then on; empty: nowhere yet."""
 
     def prepare(self, comm: JoinedCommunicator) -> None:
         """The rank is in the mesh: gets ready for work."""
 
-    def run(self, stop: threading.Event) -> None:
-        """Works until `stop` is set; raises what ended the membership."""
+    def run(self, comm: JoinedCommunicator, stop: threading.Event) -> None:
+        """Works until `stop` is set or the membership ends; may raise what ended it."""
 
     def close(self) -> None:
-        """The process ends."""
+        """The membership is over."""
 
 
 class Serve:
@@ -39,14 +39,16 @@ class Serve:
     The rank has no front before its experts are there, so no router sends it anything while weights are loaded.
     """
 
-    front_endpoint = ""
-
     def __init__(self, name: str, factory: Factory, drain_s: float) -> None:
+        """Serves with ``factory(comm)``; `name` is what errors call it."""
         self._name = name
         self._factory = factory
         self._drain_s = drain_s
-        self._comm: JoinedCommunicator | None = None
         self._experts: Experts | None = None
+
+    def open(self) -> str:
+        """Nowhere yet."""
+        return ""
 
     def prepare(self, comm: JoinedCommunicator) -> None:
         """Has the factory make the experts.
@@ -54,7 +56,6 @@ class Serve:
         Raises:
             InvalidRequest: it failed, or made something else.
         """
-        self._comm = comm
         try:
             experts = self._factory(comm)
         except EpmeshError:
@@ -70,40 +71,50 @@ class Serve:
             )
         self._experts = experts
 
-    def run(self, stop: threading.Event) -> None:
+    def run(self, comm: JoinedCommunicator, stop: threading.Event) -> None:
         """Serves; after `stop` it answers what was taken in, for `drain_s` at most."""
-        assert self._comm is not None
         assert self._experts is not None
-        self._comm.serve(self._experts, stop=stop, drain_s=self._drain_s)
+        comm.serve(self._experts, stop=stop, drain_s=self._drain_s)
 
     def close(self) -> None:
-        """Nothing is left."""
+        """Lets go of the experts."""
+        self._experts = None
 
 
 class Drive:
-    """Does what a driver says."""
-
-    front_endpoint = ""
+    """Does what a driver says, whoever that is at the time."""
 
     def __init__(self, address: str) -> None:
+        """For a rank of the node service at `address`."""
         self._address = address
-        self._comm: JoinedCommunicator | None = None
+        self._front: Front | None = None
+
+    def open(self) -> str:
+        """Binds the front, on the host that the rank's links have too."""
+        from epmesh_server.ranks.front import Front
+        from epmesh_server.ranks.session import describe_node
+
+        self._front = Front(describe_node(self._address, _DESCRIBE_WITHIN_S).link_host)
+        return self._front.endpoint
 
     def prepare(self, comm: JoinedCommunicator) -> None:
-        """Nothing is needed."""
-        self._comm = comm
+        """Says whose front it is."""
+        assert self._front is not None
+        rank = comm._rank_process
+        self._front.identify(comm.view.mesh_id, comm.global_rank, rank.incarnation)
 
-    def run(self, stop: threading.Event) -> None:
-        """Waits until `stop` is set or the membership ends."""
-        assert self._comm is not None
-        _idle(self._comm, stop)
+    def run(self, comm: JoinedCommunicator, stop: threading.Event) -> None:
+        """Executes drivers' calls."""
+        from epmesh_server.ranks.driven import drive
+
+        assert self._front is not None
+        drive(comm, self._front, stop)
+        error = comm._rank_process.session.error
+        if error is not None and not stop.is_set():
+            raise error
 
     def close(self) -> None:
-        """Nothing is left."""
-
-
-def _idle(comm: JoinedCommunicator, stop: threading.Event) -> None:
-    session = comm._rank_process.session
-    while not stop.wait(_LOOK_S):
-        if session.error is not None:
-            raise session.error
+        """Closes the front."""
+        if self._front is not None:
+            self._front.close(linger_s=0.0)
+            self._front = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from epmesh.errors import InvalidRequest
 from epmesh.placement import MAX_EXPERTS
@@ -41,6 +41,16 @@ class HostedRank:
     threads: int = 1
     path: tuple[str, ...] = ()
     log_level: str | None = None
+
+    def again(self, held: tuple[int, ...] | None) -> HostedRank:
+        """For a process whose membership ended, in which it held the experts `held`; `None` where nothing says so.
+
+        It declares just these and waits for nobody: others may be away for long, and where the whole mesh begins anew,
+        all of them together declare what there was.
+        """
+        if self.num_experts is not None and held is None:
+            return self
+        return replace(self, held=held if self.num_experts is not None else None, world_size=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from epmesh.errors import EpmeshError, InvalidRequest, Unauthenticated
 from epmesh.view import RankMode
@@ -22,6 +22,9 @@ from epmesh_server.hosted.options import HostedRank
 from epmesh_server.processes import pickling
 from epmesh_server.processes.backoff import Backoff
 from epmesh_server.processes.raised import Raised
+
+if TYPE_CHECKING:
+    from epmesh_server.ranks.communicator import JoinedCommunicator
 
 _log = logging.getLogger(__name__)
 _JOIN_WITHIN_S = 1e6  # the others may be started whenever it pleases whoever starts them
@@ -86,24 +89,25 @@ class HostedProcess:
 
         Raises:
             InvalidRequest, Unauthenticated: it will never be a rank, and why.
-            Exception: of the experts, where they raise what no answer can carry.
+            Exception: what is not an `EpmeshError` in a membership.
         """
         with self._stop.at_once():
             duty = self._duty()
         backoff = Backoff()
-        try:
-            while not self._stop.event.is_set():
-                started = time.monotonic()
-                try:
-                    self._membership(duty)
-                except EpmeshError as exc:
-                    if not self.joined and isinstance(exc, InvalidRequest | Unauthenticated):
-                        raise
-                    wait_s = backoff.after(time.monotonic() - started)
-                    _log.warning("out of the mesh, joins again in %.2f s: %s", wait_s, exc)
-                    self._stop.event.wait(wait_s)
-        finally:
-            duty.close()
+        while not self._stop.event.is_set():
+            started = time.monotonic()
+            try:
+                self._membership(duty)
+                if self._stop.event.is_set():
+                    return
+                why = "its work ended"
+            except EpmeshError as exc:
+                if not self.joined and isinstance(exc, InvalidRequest | Unauthenticated):
+                    raise
+                why = str(exc)
+            wait_s = backoff.after(time.monotonic() - started)
+            _log.warning("out of the mesh, joins again in %.2f s: %s", wait_s, why)
+            self._stop.event.wait(wait_s)
 
     def _duty(self) -> Duty:
         name = self._options.experts
@@ -111,37 +115,51 @@ class HostedProcess:
 
     def _membership(self, duty: Duty) -> None:
         """One membership, from joining to its end."""
+        try:
+            with self._stop.at_once():
+                comm = self._join(duty.open())
+            try:
+                self._enter(duty, comm)
+                duty.run(comm, self._stop.event)
+            finally:
+                self._options = self._options.again(_held(comm))
+                with contextlib.suppress(EpmeshError):
+                    comm.destroy()
+        finally:
+            duty.close()
+
+    def _join(self, front_endpoint: str) -> JoinedCommunicator:
         from epmesh_server.ranks.join import RankOptions, become_rank
 
         options = self._options
         _log.info("joins at %s, in a view of %d ranks or more", options.address, options.world_size)
+        rank = RankOptions(
+            address=options.address,
+            mode=RankMode.SERVE if options.experts else RankMode.EXCHANGE,
+            world_size=options.world_size,
+            local_rank=options.local_rank,
+            device=options.device,
+            num_experts=options.num_experts,
+            experts=options.held,
+            tensor_parallel_size=options.tensor_parallel_size,
+            max_tokens_per_rank=options.max_tokens_per_rank,
+            exchange_timeout_s=options.exchange_timeout_s,
+        )
+        return become_rank(rank, front_endpoint, within_s=_JOIN_WITHIN_S)
+
+    def _enter(self, duty: Duty, comm: JoinedCommunicator) -> None:
+        _show_logs(self._options, f"rank {comm.global_rank}")
         with self._stop.at_once():
-            comm = become_rank(
-                RankOptions(
-                    address=options.address,
-                    mode=RankMode.SERVE if options.experts else RankMode.EXCHANGE,
-                    world_size=options.world_size,
-                    local_rank=options.local_rank,
-                    device=options.device,
-                    num_experts=options.num_experts,
-                    experts=options.held,
-                    tensor_parallel_size=options.tensor_parallel_size,
-                    max_tokens_per_rank=options.max_tokens_per_rank,
-                    exchange_timeout_s=options.exchange_timeout_s,
-                ),
-                duty.front_endpoint,
-                within_s=_JOIN_WITHIN_S,
-            )
-        try:
-            _show_logs(options, f"rank {comm.global_rank}")
-            with self._stop.at_once():
-                duty.prepare(comm)
-            self.joined = True
-            self._pipe.send_bytes(pickling.dumps(Joined(comm.global_rank, comm.view.epoch)))
-            duty.run(self._stop.event)
-        finally:
-            with contextlib.suppress(EpmeshError):
-                comm.destroy()
+            duty.prepare(comm)
+        self.joined = True
+        self._pipe.send_bytes(pickling.dumps(Joined(comm.global_rank, comm.view.epoch)))
+
+
+def _held(comm: JoinedCommunicator) -> tuple[int, ...] | None:
+    """The experts that the newest view has at the rank."""
+    view = comm._rank_process.session.view or comm.view
+    placement = view.placement(None)
+    return placement.experts_of.get(comm.global_rank) if placement is not None else None
 
 
 def _show_logs(options: HostedRank, who: str) -> None:
