@@ -7,6 +7,7 @@ gets that back, any other NumPy caller gets bfloat16 results as float32, which h
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ class Rows:
     @classmethod
     def of(cls, array: AnyArray) -> Rows:
         """The bytes of a 2-D NumPy array in C order, which they share; its dtype must be one that NumPy has."""
-        return _as_bytes(array, array.dtype.name)
+        return _as_bytes(array, _name(array.dtype))
 
     @classmethod
     def over(cls, dtype: str, shape: Sequence[int], data: Buffer) -> Rows:
@@ -126,7 +127,7 @@ def in_kind(rows: Rows, like: Any) -> Any:
         if not math.prod(shape):
             return torch.empty(shape, dtype=dtype)
         return torch.from_numpy(_writable(rows.data).reshape(-1)).view(dtype).reshape(shape)
-    if like.dtype.name == rows.dtype:
+    if _name(like.dtype) == rows.dtype:
         return _writable(rows.data).reshape(-1).view(like.dtype.newbyteorder("=")).reshape(shape)
     if rows.dtype == "bfloat16":
         return _widened(rows)
@@ -201,9 +202,10 @@ def _plain(value: Any, name: str) -> tuple[AnyArray, str]:
         return _plain_tensor(torch, value, name)
     if not isinstance(value, np.ndarray):
         raise InvalidRequest(f"{name} is a {type(value).__name__}; give a NumPy array or a torch tensor")
-    _check_dtype(value.dtype.name, name)
+    dtype = _name(value.dtype)
+    _check_dtype(dtype, name)
     native = value if value.dtype.isnative else value.astype(value.dtype.newbyteorder("="))
-    return np.ascontiguousarray(native).reshape(value.shape), value.dtype.name
+    return np.ascontiguousarray(native).reshape(value.shape), dtype
 
 
 def _plain_tensor(torch: Any, value: Any, name: str) -> tuple[AnyArray, str]:
@@ -217,6 +219,12 @@ def _plain_tensor(torch: Any, value: Any, name: str) -> tuple[AnyArray, str]:
     if dtype in {"bfloat16", "float8_e4m3fn", "float8_e5m2"}:  # NumPy lacks them: integers of the same width stand in
         flat = flat.view(torch.int16 if dtype == "bfloat16" else torch.uint8)
     return flat.numpy(), dtype
+
+
+@functools.lru_cache(64)
+def _name(dtype: np.dtype[Any]) -> str:
+    """``dtype.name``, which NumPy composes anew each time."""
+    return dtype.name
 
 
 def _check_dtype(dtype: str, name: str) -> None:

@@ -14,8 +14,9 @@ result, whatever happens on the way.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +126,9 @@ class Forward:
         """Whether ids are open that no call carries."""
         return self._any_open and self.failure is None
 
-    def plan(self, routes: Routes, turn: int, pick: Pick, now: float) -> list[NodeCall]:
+    def plan(
+        self, routes: Routes, turn: int, pick: Pick, now: float, shunned: Set[Identity] = frozenset()
+    ) -> list[NodeCall]:
         """The calls that carry all open ids; none where it has to wait for a view, or for `wake_at`.
 
         Args:
@@ -133,12 +136,13 @@ class Forward:
             turn: where the turns among replicas start.
             pick: the entry of a node; may be asked for several.
             now: of the clock that `fail` is told, in seconds.
+            shunned: ranks to avoid where there are others.
         """
         self.wake_at = math.inf
         if not self.waits or routes.view.epoch < self.after_epoch:
             return []
         try:
-            parts = self._split(routes, turn, now)
+            parts = self._split(routes, turn, now, shunned)
         except EpmeshError as exc:
             self.failure = exc
             return []
@@ -220,10 +224,13 @@ class Forward:
         )
         return call
 
-    def _split(self, routes: Routes, turn: int, now: float) -> list[NodeRows]:
+    def _split(self, routes: Routes, turn: int, now: float, shunned: Set[Identity]) -> list[NodeRows]:
         """Routes of all open ids; nothing, and `wake_at`, where only ranks under suspicion are left for some."""
         ids = np.where(self._open, self.tokens.ids, -1).astype(np.int64, copy=False)
         avoided = {one for one, suspicion in self._suspects.items() if suspicion.until > now}
+        if shunned:
+            with contextlib.suppress(ExpertUnavailable):
+                return routes.avoiding(avoided | shunned).split(ids, self.tokens.layer, turn)
         try:
             return routes.avoiding(avoided).split(ids, self.tokens.layer, turn)
         except ExpertUnavailable:
@@ -234,8 +241,7 @@ class Forward:
             return []
 
     def _suspect_lost(self, call: NodeCall, error: PeerLost, now: float) -> None:
-        named = [call.view.ranks[rank] for rank in error.ranks if rank in call.view.ranks]
-        for info in named or [call.entry]:
+        for info in lost_ranks(call, error):
             known = self._suspects.setdefault(identity(info), _Suspicion())
             known.times_lost += 1
             known.until = now + CONFIRM_S if known.times_lost == 1 else math.inf
@@ -247,3 +253,8 @@ class Forward:
     def _reopen(self, call: NodeCall) -> None:
         self._open[call.part.rows] |= call.part.targets != ELSEWHERE
         self._any_open = True
+
+
+def lost_ranks(call: NodeCall, error: PeerLost) -> list[RankInfo]:
+    """The ranks that a failed call says are lost; its entry where it names none."""
+    return [call.view.ranks[rank] for rank in error.ranks if rank in call.view.ranks] or [call.entry]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from epmesh.discovery import connect
 from epmesh.router_core import (
@@ -22,6 +22,8 @@ from epmesh.router_core import (
 from epmesh.router_stats import RouterStats
 
 _CONNECT_TIMEOUT_S = 10.0
+_STEP_BYTES = 1 << 20
+_T = TypeVar("_T")
 
 
 class Router:
@@ -189,9 +191,9 @@ class AsyncRouter:
 
         run = core.begin(hidden_states, topk_weights, topk_ids, layer, timeout, post)
         try:
-            while not run.advance():
+            while not await _step(run, run.advance):
                 await _take_next(run, inbox)
-            return run.result()
+            return await _step(run, run.result)
         finally:
             run.end()
 
@@ -235,6 +237,11 @@ class AsyncRouter:
                     raise closed_error()
                 self._core = await asyncio.to_thread(open_core, self._address, self._options, self._connect_timeout_s)
             return self._core
+
+
+async def _step(run: Run, step: Callable[[], _T]) -> _T:
+    """Does a step on the event loop, or in a thread where it copies or adds so much that others would wait for it."""
+    return step() if run.num_bytes < _STEP_BYTES else await asyncio.to_thread(step)
 
 
 async def _take_next(run: Run, inbox: asyncio.Queue[Event]) -> None:

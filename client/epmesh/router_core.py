@@ -11,7 +11,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from epmesh.arrays import as_ids, as_rows, in_kind, is_floating
 from epmesh.byte_budget import ByteBudget, Claim
-from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, Overloaded
-from epmesh.forward import Forward, NodeCall, Tokens
+from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, Overloaded, PeerLost
+from epmesh.forward import CONFIRM_S, Forward, NodeCall, Tokens, lost_ranks
 from epmesh.router_stats import RouterStats, StatsRecorder
 from epmesh.routes import Identity, Routes, identity, serves
 from epmesh.row_transport import FrontRows, GrpcRows, RowTransport, call_parts, check_transport, fronts_reachable
@@ -108,6 +108,7 @@ class RouterCore:
         self._closed = False
         self._runs: set[Run] = set()
         self._outstanding: dict[Identity, int] = {}
+        self._shunned: dict[Identity, float] = {}
         self._transport: RowTransport | None = None
         self._opening = threading.Lock()  # held while a transport is chosen, which may take a second
         start = random.randrange(1 << 16) if first_turn is None else first_turn  # routers must not go in step
@@ -125,6 +126,7 @@ class RouterCore:
             if view.mesh_id == old.mesh_id and view.epoch <= old.epoch and old.epoch:
                 return
             self.routes = routes
+            self._shunned.clear()  # the view knows better
             runs = list(self._runs)
         for run in runs:
             run.post(_LOOK)
@@ -226,6 +228,18 @@ class RouterCore:
             if left:
                 self._outstanding[identity(rank)] = left
 
+    def shun(self, ranks: Iterable[RankInfo], now: float) -> None:
+        """Ranks that one forward lost are avoided by all, where they can, until the next view or for a moment."""
+        with self._lock:
+            self._shunned.update((identity(info), now + CONFIRM_S) for info in ranks)
+
+    def shunned(self, now: float) -> frozenset[Identity]:
+        """Whom to avoid."""
+        if not self._shunned:
+            return frozenset()
+        with self._lock:
+            return frozenset(one for one, until in self._shunned.items() if until > now)
+
     def snapshot(self) -> RouterStats:
         """What was counted."""
         return self.stats.snapshot(self.budget.held_bytes)
@@ -246,7 +260,10 @@ class RouterCore:
 
 
 class Run:
-    """One forward under way. One thread or task at a time; only `post` is called by others."""
+    """One forward under way, for one thread or task; only `post` is called by others.
+
+    A task may be cancelled while a thread advances its run: `end` waits for that.
+    """
 
     def __init__(
         self, core: RouterCore, tokens: Tokens, like: Any, timeout_s: float, post: Callable[[Event], None]
@@ -261,7 +278,13 @@ class Run:
         self._unsent: list[NodeCall] = []
         self._sent: dict[int, tuple[Future[Any], float]] = {}
         self._routes: Routes | None = None
-        self._failed = True
+        self._failed, self._over = True, False
+        self._lock = threading.Lock()  # held by whoever works on it
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the rows, as a measure of how long a step may take."""
+        return self._forward.tokens.hidden.data.nbytes
 
     def advance(self) -> bool:
         """Does all that can be done now; whether the forward is done.
@@ -269,17 +292,17 @@ class Run:
         Raises:
             EpmeshError: the deadline is over, or the router was closed.
         """
-        now = time.monotonic()
-        if self._core.closed:
-            raise closed_error()
-        if now >= self._deadline and not self._forward.done:
-            raise self._too_late()
-        self._follow()
-        assert self._routes is not None
-        self._unsent += self._forward.plan(self._routes, self._turn, self._pick, now)
-        if self._unsent and self._has_room():
-            self._send()
-        return self._forward.done
+        with self._lock:
+            now = time.monotonic()
+            if self._core.closed or self._over:
+                raise closed_error()
+            if now >= self._deadline and not self._forward.done:
+                raise self._too_late()
+            routes = self._follow()
+            self._unsent += self._forward.plan(routes, self._turn, self._pick, now, self._core.shunned(now))
+            if self._unsent and self._has_room():
+                self._send()
+            return self._forward.done
 
     def wait_s(self) -> float:
         """Seconds until `advance` can do more, even if nothing happens."""
@@ -287,8 +310,11 @@ class Run:
 
     def take(self, event: Event) -> None:
         """Takes in what was posted."""
-        if not isinstance(event, _Answer):
-            return
+        if isinstance(event, _Answer):
+            with self._lock:
+                self._take(event)
+
+    def _take(self, event: _Answer) -> None:
         call, now = event.call, time.monotonic()
         _, sent_at = self._sent.pop(call.number, (None, now))
         try:
@@ -297,6 +323,8 @@ class Run:
             return
         except EpmeshError as exc:
             self._forward.fail(call.number, exc, now)
+            if isinstance(exc, PeerLost):
+                self._core.shun(lost_ranks(call, exc), now)
             return
         self._forward.succeed(call.number, sums)
         self._core.stats.answered(call.part.node.slot, now - sent_at)
@@ -309,13 +337,18 @@ class Run:
         Raises:
             EpmeshError: the forward failed.
         """
-        sums = in_kind(self._forward.result(), self._like)
-        self._failed = False
-        return sums
+        with self._lock:
+            sums = in_kind(self._forward.result(), self._like)
+            self._failed = False
+            return sums
 
     def end(self) -> None:
         """Gives up what is under way and makes room; idempotent."""
         self._core.forget(self)
+        with self._lock:
+            if self._over:
+                return
+            self._over = True
         for future, _ in self._sent.values():
             future.cancel()
         if self._claim is not None:
@@ -323,10 +356,11 @@ class Run:
         rows = 0 if self._failed else len(self._forward.tokens.hidden)
         self._core.stats.add(calls=1, failed=int(self._failed), rows=rows, retries=self._forward.retries)
 
-    def _follow(self) -> None:
+    def _follow(self) -> Routes:
+        """The newest view's routes; what it makes pointless is given up."""
         routes = self._core.routes
         if routes is self._routes:
-            return
+            return routes
         self._routes = routes
         for number in self._forward.follow(routes.view):
             future, _ = self._sent.pop(number, (None, 0.0))
@@ -334,6 +368,7 @@ class Run:
                 future.cancel()
         under_way = {call.number for call in self._forward.under_way}
         self._unsent = [call for call in self._unsent if call.number in under_way]
+        return routes
 
     def _pick(self, ranks: tuple[RankInfo, ...]) -> RankInfo:
         return self._core.pick(ranks, self._turn)

@@ -90,7 +90,8 @@ class Routes:
         check_ids(topk_ids, routing)
         targets = self._choose(topk_ids, layer, routing, turn)
         slots = self._slots[targets]
-        return [self._node_rows(int(slot), slots == slot, targets) for slot in np.unique(slots) if slot >= 0]
+        found = [self._node_rows(int(slot), slots == slot, targets) for slot in np.unique(slots) if slot >= 0]
+        return [rows for of_node in found for rows in of_node]
 
     def _choose(self, ids: Ints, layer: int | None, routing: Routing, turn: int) -> Ints:
         """The position that computes each id, -1 for none."""
@@ -105,12 +106,16 @@ class Routes:
     def _identities(self) -> frozenset[Identity]:
         return frozenset(map(identity, self._infos))
 
-    def _node_rows(self, slot: int, here: npt.NDArray[np.bool_], targets: Ints) -> NodeRows:
-        rows = np.flatnonzero(here.any(axis=1))
+    def _node_rows(self, slot: int, here: npt.NDArray[np.bool_], targets: Ints) -> list[NodeRows]:
         positions = np.unique(targets[here])
+        if len(positions) > ELSEWHERE:  # more than targets can tell apart
+            middle = positions[len(positions) // 2]
+            halves = here & (targets < middle), here & (targets >= middle)
+            return [rows for half in halves for rows in self._node_rows(slot, half, targets)]
+        rows = np.flatnonzero(here.any(axis=1))
         index = np.searchsorted(positions, targets[rows])
         codes = np.where(here[rows], index, ELSEWHERE).astype(np.uint8)
-        return NodeRows(self._nodes[slot], tuple(self._infos[p] for p in positions), rows, codes)
+        return [NodeRows(self._nodes[slot], tuple(self._infos[p] for p in positions), rows, codes)]
 
     def _routing(self, layer: int | None) -> Routing:
         found = self._routings.get(layer)

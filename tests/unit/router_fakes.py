@@ -32,6 +32,8 @@ def make_view(
     exchange: Iterable[int] = (),
     layers: Iterable[int | None] = (None,),
     mesh_id: str = "mesh",
+    front_port: int = 9000,
+    stride: int = STRIDE,
 ) -> View:
     """A view in which the ranks of `experts_of`, or `alive` of them, serve; those in `exchange` do not."""
     ranks = sorted(experts_of if alive is None else alive)
@@ -42,20 +44,20 @@ def make_view(
             device="cpu",
             mode=RankMode.EXCHANGE if rank in set(exchange) else RankMode.SERVE,
             link_endpoint="",
-            front_endpoint=f"tcp://127.0.0.1:{9000 + rank}",
+            front_endpoint=f"tcp://127.0.0.1:{front_port + rank}",
         )
         for rank in ranks
     }
-    slots = sorted({rank // STRIDE for rank in ranks})
+    slots = sorted({rank // stride for rank in ranks})
     nodes = tuple(
         NodeInfo(
-            slot, f"node-{slot}", 1, f"127.0.0.1:{7000 + slot}", tuple(infos[r] for r in ranks if r // STRIDE == slot)
+            slot, f"node-{slot}", 1, f"127.0.0.1:{7000 + slot}", tuple(infos[r] for r in ranks if r // stride == slot)
         )
         for slot in slots
     )
     placement = Placement(num_experts, {rank: tuple(sorted(experts)) for rank, experts in experts_of.items()})
     placements = dict.fromkeys(layers, placement)
-    return View(mesh_id, epoch, epoch, STRIDE, nodes, (), placements)
+    return View(mesh_id, epoch, epoch, stride, nodes, (), placements)
 
 
 class FakeMesh:

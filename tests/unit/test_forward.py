@@ -228,6 +228,31 @@ def test_another_meshs_epochs_count_anew() -> None:
     assert plan(forward, make_view(1, SPLIT, mesh_id="other"))
 
 
+def test_more_ranks_than_targets_can_name_get_several_calls() -> None:
+    experts_of = {rank: (rank,) for rank in range(300)}
+    view = make_view(1, experts_of, num_experts=300, stride=512)
+    rng = np.random.default_rng(0)
+    tokens = Tokens(
+        Rows.of(np.ones((200, 2), np.float32)), Rows.of(np.ones((200, 4), np.float32)), rng.integers(-1, 300, (200, 4))
+    )
+    forward = Forward(tokens)
+    calls = plan(forward, view)
+    assert len(calls) > 2
+    assert all(len(call.part.ranks) <= ELSEWHERE for call in calls)
+    answer(forward, *calls)
+    check_right(forward)
+
+
+def test_shunned_ranks_get_rows_only_where_no_other_holds_the_expert() -> None:
+    view = make_view(1, {0: (0, 1), 1: (1, 2)}, num_experts=3)
+    one = Rows.of(np.ones((4, 1), np.float32))
+    for ids, ranks in (([[1]] * 4, [0]), ([[2]] * 4, [1])):
+        forward = Forward(Tokens(one, one, np.array(ids)))
+        forward.follow(view)
+        (call,) = forward.plan(Routes(view), 0, lambda ranks: ranks[0], 0.0, {(1, 1)})
+        assert [info.rank for info in call.part.ranks] == ranks
+
+
 def test_answers_that_do_not_fit_fail_the_forward() -> None:
     forward = Forward(make_tokens())
     first, _ = plan(forward, make_view(1, SPLIT))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ class Bench:
     def __init__(self, view: View, **options: Any) -> None:
         self.mesh, self.transport = FakeMesh(view), FakeTransport()
         self.names: list[str] = []
-        self.core = RouterCore(self.mesh, RouterOptions(transport="zmq", **options), self._make, 0)
+        self.core = RouterCore(self.mesh, RouterOptions(**{"transport": "zmq", **options}), self._make, 0)
         self.router = Router._of(self.core)
 
     def _make(self, name: str) -> FakeTransport:
@@ -336,3 +337,58 @@ def test_routers_are_part_of_the_package() -> None:
     assert epmesh.Router is Router
     assert epmesh.AsyncRouter is AsyncRouter
     assert epmesh.__all__ == sorted(epmesh.__all__)
+
+
+def test_a_rank_that_one_forward_lost_is_avoided_by_the_others(make_bench: MakeBench) -> None:
+    bench, given = make_bench(make_view(1, EVERYWHERE)), batch()
+    bench.transport.before = lambda call: PeerLost([4], 0) if call.entry.rank == 4 else None
+    for _ in range(16):
+        bench.router.forward(*given)
+    assert sum(call.entry.rank == 4 for call in bench.transport.calls) == 1
+    bench.mesh.set(make_view(2, EVERYWHERE))
+    bench.transport.before = lambda call: None
+    for _ in range(16):
+        bench.router.forward(*given)
+    assert sum(call.entry.rank == 4 for call in bench.transport.calls) > 1
+
+
+def test_large_batches_do_not_keep_the_event_loop(make_bench: MakeBench) -> None:
+    bench = make_bench(make_view(1, {0: range(8)}))
+    threads: list[threading.Thread] = []
+    bench.transport.before = lambda call: threads.append(threading.current_thread())
+    large = np.ones((256, 2048), np.float32), np.ones((256, 1), np.float32), np.zeros((256, 1), np.int64)
+
+    async def main() -> None:
+        router = AsyncRouter._of(bench.core)
+        assert np.array_equal(await router.forward(*large), large[0])
+        await router.forward(*batch())
+        bench.transport.held = True
+        task = asyncio.create_task(router.forward(*large))
+        assert await asyncio.to_thread(bench.transport.sent.acquire, timeout=10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert [thread is threading.main_thread() for thread in threads] == [False, True]
+    assert bench.core.budget.held_bytes == 0
+
+
+@pytest.mark.parametrize(("listens", "name"), [(True, "zmq"), (False, "grpc")])
+def test_what_gets_through_first_is_used(make_bench: MakeBench, listens: bool, name: str) -> None:
+    with socket.socket() as front:
+        front.bind(("127.0.0.1", 0))
+        if listens:
+            front.listen()
+        bench = make_bench(make_view(1, {0: range(8)}, front_port=front.getsockname()[1]), transport=None)
+        bench.core.choose_transport()
+        assert bench.names == [name]
+
+
+def test_a_router_of_a_mesh_in_which_nobody_serves_chooses_later(make_bench: MakeBench) -> None:
+    core = RouterCore(FakeMesh(make_view(1, SPLIT, exchange=SPLIT)), RouterOptions(), lambda asked: FakeTransport())
+    core.choose_transport()
+    assert core.transport_name is None
+    with pytest.raises(ExpertUnavailable):
+        Router._of(core).forward(*batch())
+    core.close()
