@@ -207,7 +207,8 @@ def summary(docstring: str) -> str:
 
 def section(item: Item, public: set[str]) -> str:
     """A heading, the signature and the docstring of an item, then the same of its methods."""
-    parts = [f"### {full_name(item)}\n", fenced(declaration(item)), text(item.docstring), inherited(item, public)]
+    parts = [f"### {full_name(item)}\n", fenced(declaration(item)), text(item.docstring)]
+    parts += [text(constructor_docstring(item)), inherited(item, public)]
     for member in members(item, public):
         parts += [
             f"#### {item.name}.{member.name}\n",
@@ -215,6 +216,15 @@ def section(item: Item, public: set[str]) -> str:
             text(ast.get_docstring(member) or ""),
         ]
     return "\n".join(part for part in parts if part)
+
+
+def constructor_docstring(item: Item) -> str:
+    """What a class says of its constructor's arguments; empty where it has none of its own."""
+    if isinstance(item.node, ast.ClassDef):
+        for member in item.node.body:
+            if isinstance(member, ast.FunctionDef) and member.name == "__init__":
+                return ast.get_docstring(member) or ""
+    return ""
 
 
 def inherited(item: Item, public: set[str]) -> str:

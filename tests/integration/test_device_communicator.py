@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import epmesh
 from epmesh import Communicator, DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable
 from epmesh.view import View
-from epmesh_server.ranks import flat_messages
+from epmesh_server.ranks import flat_exchange, flat_member, flat_messages
 from tests.integration.contract import Shape
 from tests.integration.flat_ranks import start_flat_ranks
 from tests.integration.flat_threads import gloo_group, hash_store, together
@@ -250,6 +251,36 @@ def send_much(comm: Communicator) -> bool:
 def test_a_sender_waits_for_room_and_forgets_what_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flat_messages, "BUDGET_BYTES", 100)
     assert together(2, send_much) == [True, True]
+
+
+def refused_by_all(comm: Communicator) -> tuple[str, float]:
+    with pytest.raises(InvalidRequest) as caught:
+        comm.dispatch(*rows(comm, 2, [0]), True)
+    return str(caught.value), comm.all_reduce(torch.ones(1)).item()
+
+
+def test_a_rank_without_memory_for_its_rows_is_a_refusal_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = flat_exchange.FlatDispatch._pack
+
+    def pack_or_fail(stage: Any, layout: Any) -> None:
+        if stage._member.topology.me == 1:
+            raise MemoryError("no room for rows")
+        pack(stage, layout)
+
+    monkeypatch.setattr(flat_exchange.FlatDispatch, "_pack", pack_or_fail)
+    assert together(2, refused_by_all) == [("dispatch on rank 1: MemoryError: no room for rows", 2.0)] * 2
+
+
+def test_ranks_of_another_version_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OtherHead:
+        size = flat_member._HEAD.size
+        pack = staticmethod(lambda _, *rest: struct.pack(flat_member_format, 7, *rest))
+        unpack_from = flat_member._HEAD.unpack_from
+
+    flat_member_format = flat_member._HEAD.format
+    monkeypatch.setattr(flat_member, "_HEAD", OtherHead)
+    with pytest.raises(InvalidRequest, match=r"format 7, this one 1; install the same version"):
+        together(2, lambda comm: comm.all_reduce(torch.ones(1)))
 
 
 # Placements that change ---------------------------------------------------------------------------------------------

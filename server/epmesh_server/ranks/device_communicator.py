@@ -28,6 +28,12 @@ from epmesh_server.ranks.mail import Mail
 class DeviceCommunicator(CheckedCommunicator):
     """One group over torch process groups as they are; they may span hosts.
 
+    ::
+
+        group = torch.distributed.new_group(backend="gloo")
+        comm = epmesh.DeviceCommunicator(group, unique_name="ep")
+        comm.set_expert_placement(num_experts=64)
+
     The constructor is that of vLLM's ``DeviceCommunicatorBase``. Everything travels over `cpu_group`, rows only to the
     ranks that hold their experts; nothing of ``torch.distributed``'s default group is used. There is no mesh behind
     it: the epoch is 0, no other groups can be made, and which ranks share a host is not known, so all members count as
@@ -143,7 +149,10 @@ class DeviceCommunicator(CheckedCommunicator):
         self._routings = {}  # they are kept by epoch, which does not change here
 
     def destroy(self) -> None:
-        """Lets go of the process groups, which stay their maker's; idempotent. Not collective."""
+        """Lets go of the process groups, which stay their maker's; idempotent. Not collective.
+
+        Messages that were sent and not received yet are lost.
+        """
         self._destroyed = True
         self._member.close()
 

@@ -74,14 +74,14 @@ class FlatDispatch:
 
     def post(self, call: Call) -> None:
         """Copies this rank's rows by destination; nothing reads the caller's tensors afterwards."""
-        layout, world_size = self._layout, self._member.topology.world_size
         self._call = call
-        self._widths = [row_bytes(tensor) for tensor in self._tensors] if layout is not None else []
-        self._rows = [len(rows) for rows in layout.rows_to] if layout is not None else [0] * world_size
-        self._sizes = [rows * sum(self._widths) for rows in self._rows]
-        self._outgoing = np.empty(sum(self._sizes), np.uint8)
-        if layout is not None:
-            self._pack(layout)
+        self._rows = self._sizes = [0] * self._member.topology.world_size
+        if self._layout is not None:
+            try:
+                with refusals():
+                    self._pack(self._layout)
+            except EpmeshError as exc:
+                self._call = describe(call.method, call.arguments, refusal=exc)
         self._result: Callable[[], list[Bytes]] = lambda: self._member.in_turn(self._travel)
 
     def let_caller_go(self) -> None:
@@ -119,6 +119,10 @@ class FlatDispatch:
 
     def _pack(self, layout: Layout) -> None:
         sources = [as_rows(tensor) for tensor in self._tensors]
+        self._widths = [row_bytes(tensor) for tensor in self._tensors]
+        self._rows = [len(rows) for rows in layout.rows_to]
+        self._sizes = [rows * sum(self._widths) for rows in self._rows]
+        self._outgoing = np.empty(sum(self._sizes), np.uint8)
         for position, segment in enumerate(cut(self._outgoing, self._sizes)):
             rows = layout.rows_to[position]
             arrays = _arrays(segment, len(rows), self._widths)

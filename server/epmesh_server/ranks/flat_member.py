@@ -22,7 +22,9 @@ from epmesh_server.ranks.tensors import Bytes
 from epmesh_server.worker import Worker
 
 _T = TypeVar("_T")
-_HEAD = struct.Struct("<IxxxxQQQ")  # bytes of the call, sequence number, rows for the receiver, messages taken of it
+_FORMAT = 1  # of blocks and rows; another one is refused
+# Format, bytes of the call, sequence number, rows for the receiver, messages that were taken of it.
+_HEAD = struct.Struct("<IIQQQ")
 BLOCK_BYTES = 1024
 _FIRST_BYTES = BLOCK_BYTES - _HEAD.size  # of a call that go with the head; the rest follows where there is more
 MAX_CALL_BYTES = 1 << 20
@@ -124,33 +126,30 @@ class FlatMember:
         """
         encoded = _encode(call)
         heads, firsts = self._tell(sequence, encoded, rows or [0] * self.topology.world_size)
-        rests = self._tell_rest(encoded, [head[0] for head in heads])
+        rests = self._tell_rest(encoded, [head[1] for head in heads])
         for position, head in enumerate(heads):
-            self.acknowledged[position] = max(self.acknowledged[position], head[3])
+            self.acknowledged[position] = max(self.acknowledged[position], head[4])
         calls = _decode([first + rest for first, rest in zip(firsts, rests, strict=True)], self.topology.ranks)
         error = verdict(calls)
         if error is not None:
-            self._done = max(self._done, *(head[1] for head in heads))
+            self._done = max(self._done, *(head[2] for head in heads))
             raise error
-        return calls, [head[2] for head in heads]
+        return calls, [head[3] for head in heads]
 
-    def _tell(
-        self, sequence: int, encoded: bytes, rows: Sequence[int]
-    ) -> tuple[list[tuple[int, int, int, int]], list[bytes]]:
+    def _tell(self, sequence: int, encoded: bytes, rows: Sequence[int]) -> tuple[list[tuple[int, ...]], list[bytes]]:
         """Exchanges the heads and first bytes of calls, by position."""
         world_size = self.topology.world_size
         blocks = np.zeros((world_size, BLOCK_BYTES), np.uint8)
         for position, block in enumerate(blocks):
-            head = _HEAD.pack(len(encoded), sequence, rows[position], self.taken[position])
-            text = head + encoded[:_FIRST_BYTES]
+            text = _HEAD.pack(_FORMAT, len(encoded), sequence, rows[position], self.taken[position])
+            text += encoded[:_FIRST_BYTES]
             block[: len(text)] = np.frombuffer(text, np.uint8)
         even = [BLOCK_BYTES] * world_size
         came = cut(self._scatter(blocks.reshape(-1), even, even), even)
         heads = [_HEAD.unpack_from(block.data) for block in came]
-        for rank, (length, *_) in zip(self.topology.ranks, heads, strict=True):
-            if length > MAX_CALL_BYTES:
-                raise InvalidRequest(f"rank {rank} announced a call of {length} bytes; at most {MAX_CALL_BYTES} fit")
-        firsts = [block[_HEAD.size :][: head[0]].tobytes() for block, head in zip(came, heads, strict=True)]
+        for rank, head in zip(self.topology.ranks, heads, strict=True):
+            _check_head(rank, *head[:2])
+        firsts = [block[_HEAD.size :][: head[1]].tobytes() for block, head in zip(came, heads, strict=True)]
         return heads, firsts
 
     def _tell_rest(self, encoded: bytes, lengths: Sequence[int]) -> list[bytes]:
@@ -175,6 +174,14 @@ def cut(data: Bytes, sizes: Sequence[int]) -> list[Bytes]:
     """Consecutive segments of flat `data`."""
     ends = np.cumsum(sizes)
     return [data[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+def _check_head(rank: int, format_: int, length: int) -> None:
+    if format_ != _FORMAT:
+        text = f"rank {rank} speaks format {format_}, this one {_FORMAT}"
+        raise InvalidRequest(f"{text}; install the same version of epmesh on all ranks")
+    if length > MAX_CALL_BYTES:
+        raise InvalidRequest(f"rank {rank} announced a call of {length} bytes; at most {MAX_CALL_BYTES} fit")
 
 
 def _encode(call: Call) -> bytes:
