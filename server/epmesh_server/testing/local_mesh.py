@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -27,15 +27,17 @@ from epmesh_server.processes import pickling
 from epmesh_server.processes.child import Child, answers, ask, end_all
 from epmesh_server.processes.raised import Raised
 from epmesh_server.testing.cleaner import remove_when_owner_ends
+from epmesh_server.testing.hosted import await_joined, start_hosted
 from epmesh_server.testing.messages import Bound, GetReady, Join, NotYet, Ready, Result, Work
 from epmesh_server.testing.ports import HOST, Port
 from epmesh_server.testing.preload import start_mesh_fork_server
-from epmesh_server.testing.rank_runner import RankSettings, rank_main
+from epmesh_server.testing.rank_runner import DriverSettings, RankSettings, rank_main
 from epmesh_server.testing.services import coordinator_main, node_main
 from epmesh_server.worker import Worker
 
 _GRACE_S = 0.8
 _VIEW_TIMEOUT_S = 5.0
+_POLL_S = 0.01
 
 
 class LocalMesh:
@@ -45,6 +47,10 @@ class LocalMesh:
 
         with LocalMesh(nodes=2, ranks_per_node=2) as mesh:
             results = mesh.run(work, 3.0)  # work(comm, 3.0) in every rank; a list by global rank
+
+    With ``hosted=True`` the ranks are processes as a node service hosts them, and works run in drivers, one process a
+    rank, whose communicators come from ``epmesh.attach``. Where `experts` names a factory, the hosted ranks serve
+    instead: send rows by ``epmesh.Router(mesh.address)``.
 
     Nothing runs before the ``with`` statement and nothing is left after it, nor after the owning process was killed:
     no process, port, descriptor or file. (The fork server that all meshes of a process share ends with the process.)
@@ -60,7 +66,10 @@ class LocalMesh:
         ranks_per_node: int = 2,
         *,
         num_experts: int | None = None,
-        experts: Sequence[Iterable[int]] | None = None,
+        experts: str | Sequence[Iterable[int]] | None = None,
+        held: Sequence[Iterable[int]] | None = None,
+        hosted: bool = False,
+        transport: str | None = None,
         tensor_parallel_size: int = 1,
         device: str = "cpu",
         max_tokens_per_rank: int | None = None,
@@ -74,7 +83,11 @@ class LocalMesh:
             nodes: node services.
             ranks_per_node: ranks of each, and the stride of the mesh.
             num_experts: logical experts that every rank declares when it joins; `None`: nothing is declared.
-            experts: those of each global rank; `None`: the linear default.
+            experts: those of each global rank; or ``package.module:factory``, whose ``factory(comm)`` makes what hosted
+                ranks serve with; `None`: the linear default.
+            held: the experts of each global rank where `experts` is a factory; `None`: the linear default.
+            hosted: whether the ranks are hosted ones; with a factory they always are.
+            transport: of the drivers, as ``epmesh.attach`` takes it.
             tensor_parallel_size: consecutive ranks of one node that form a ``tp:k`` group.
             device: of every rank; "cuda" gives local rank k the device "cuda:k".
             max_tokens_per_rank: as ``epmesh.join`` takes it.
@@ -85,8 +98,18 @@ class LocalMesh:
         if nodes < 1 or ranks_per_node < 1:
             raise InvalidRequest(f"a mesh of {nodes} nodes with {ranks_per_node} ranks each; both must be 1 or more")
         world_size = nodes * ranks_per_node
-        if experts is not None and len(experts) != world_size:
-            raise InvalidRequest(f"experts has {len(experts)} entries for {world_size} ranks; give one each")
+        self._factory = experts if isinstance(experts, str) else ""
+        self._hosted = hosted or bool(self._factory)
+        self._transport = transport
+        placed = held if isinstance(experts, str) or experts is None else experts
+        if held is not None and placed is not held:
+            raise InvalidRequest("held stands beside a list of experts; give one of them")
+        if placed is not None and len(placed) != world_size:
+            raise InvalidRequest(f"experts has {len(placed)} entries for {world_size} ranks; give one each")
+        if self._factory and num_experts is None:
+            raise InvalidRequest(f"experts={self._factory!r} needs num_experts: the logical experts of the model")
+        if transport is not None and (self._factory or not self._hosted):
+            raise InvalidRequest(f"transport={transport!r} is the drivers'; it needs hosted=True and no factory")
         self.nodes = nodes
         self.ranks_per_node = ranks_per_node
         self._buffer_bytes = buffer_bytes
@@ -96,7 +119,7 @@ class LocalMesh:
                 local_rank=rank % ranks_per_node,
                 device=f"cuda:{rank % ranks_per_node}" if device == "cuda" else device,
                 num_experts=num_experts,
-                experts=None if experts is None else tuple(experts[rank]),
+                experts=None if placed is None else tuple(placed[rank]),
                 tensor_parallel_size=tensor_parallel_size,
                 max_tokens_per_rank=max_tokens_per_rank,
                 exchange_timeout_s=exchange_timeout_s,
@@ -106,6 +129,7 @@ class LocalMesh:
         ]
         self._lock = threading.Lock()  # guards the tables of children, which `start`'s thread reads
         self._rank_children: dict[int, Child] = {}
+        self._driver_children: dict[int, Child] = {}
         self._node_children: dict[int, Child] = {}
         self._coordinator: Child | None = None
         self._cleaner: Child | None = None
@@ -135,9 +159,14 @@ class LocalMesh:
         """Ends everything, within 2 s; idempotent. Work that still runs is cut off."""
         atexit.unregister(self.close)
         with self._lock:
+            ranks = [*self._driver_children.values(), *self._rank_children.values()]
             children = [self._coordinator] if self._coordinator else []
-            children += [*self._node_children.values(), *self._rank_children.values()]
-            self._rank_children, self._node_children, self._coordinator = {}, {}, None
+            children += [*self._node_children.values(), *ranks]
+            self._rank_children, self._driver_children = {}, {}
+            self._node_children, self._coordinator = {}, None
+        if self._hosted:
+            for child in ranks:
+                child.kill()  # there is nobody left whom they should answer
         end_all(children, _GRACE_S)
         self._worker.close()
         for port in self._ports:
@@ -150,7 +179,7 @@ class LocalMesh:
         self._cleaner = Child("cleaner", remove_when_owner_ends, str(self._folder), survives=True)
         self._ports = [Port() for _ in range(self.nodes + 1)]
         # Ranks are forked first and joined last: they are there by the time the services listen.
-        self._rank_children = {rank: self._new_rank(rank) for rank in range(len(self._rank_settings))}
+        self._new_ranks(range(len(self._rank_settings)))
         self.start_coordinator()
         self._start_node_services(range(self.nodes))
         self._join(sorted(self._rank_children))
@@ -188,6 +217,11 @@ class LocalMesh:
         """As `run`, but returns at once; the future's result is what `run` returns. One work runs at a time."""
         if self._coordinator is None:
             raise InvalidRequest("this LocalMesh is not started; use it in a with statement")
+        if self._factory:
+            raise InvalidRequest(
+                f"the ranks of this LocalMesh serve with {self._factory!r} and take part in no collective call; send "
+                f"rows by epmesh.Router(mesh.address)"
+            )
         try:
             message = Work(pickling.dumps((work, args)), tuple(sys.path))
         except (pickle.PicklingError, AttributeError, TypeError) as exc:
@@ -197,6 +231,9 @@ class LocalMesh:
     def _run(self, message: Work) -> list[Any]:
         children, epoch = self._ready_ranks()
         done = ask(children, message)
+        if self._hosted:  # a driver whose rank was killed may raise that it is gone
+            alive = self.ranks
+            done = {rank: answer if rank in alive else None for rank, answer in done.items()}
         _raise_first(done)
         return [
             pickling.loads(answer.pickled)
@@ -208,7 +245,7 @@ class LocalMesh:
     def _ready_ranks(self) -> tuple[dict[int, Child], int]:
         """The living ranks, all in the same view, and its membership epoch."""
         epoch, deadline = 0, time.monotonic() + self._timeout_s
-        while children := self._living():
+        while children := self._workers(self._living()):
             timeout_s = max(0.0, deadline - time.monotonic())
             ready = ask(children, GetReady(frozenset(children), epoch, timeout_s))
             _raise_first(ready)
@@ -225,11 +262,29 @@ class LocalMesh:
         with self._lock:
             return {rank: child for rank, child in self._rank_children.items() if child.alive and not child.paused}
 
+    def _workers(self, ranks: dict[int, Child]) -> dict[int, Child]:
+        """Who does the work of `ranks`: themselves, or their drivers, of which the dead are replaced."""
+        if not self._hosted:
+            return ranks
+        for rank in ranks:
+            if not self._driver(rank).alive:
+                self._replace(self._driver_children, rank, self._new_driver(rank))
+        return {rank: self._driver(rank) for rank in ranks}
+
     # Faults ----------------------------------------------------------------------------------------------------
 
     def kill_rank(self, rank: int) -> None:
         """Kills a rank (SIGKILL); returns when its process is gone."""
         child = self._rank(rank)
+        child.kill()
+        child.wait()
+
+    def kill_driver(self, rank: int) -> None:
+        """Kills the driver of a hosted rank (SIGKILL); returns when its process is gone.
+
+        The rank's membership ends as if it had died, and the rank joins again; the next `run` gives it another driver.
+        """
+        child = self._driver(rank)
         child.kill()
         child.wait()
 
@@ -242,10 +297,11 @@ class LocalMesh:
         self._rank(rank).resume()
 
     def kill_node(self, slot: int) -> None:
-        """Kills a node: its service and all its ranks (SIGKILL); returns when their processes are gone."""
+        """Kills a node: its service, ranks and drivers (SIGKILL); returns when their processes are gone."""
         service = self._node(slot)
         with self._lock:
             children = [service, *(self._rank_children[rank] for rank in self._ranks_of(slot))]
+            children += [self._driver_children[rank] for rank in self._ranks_of(slot) if rank in self._driver_children]
         for child in children:
             child.kill()
         for child in children:
@@ -256,8 +312,7 @@ class LocalMesh:
         if not self._node(slot).alive:
             self._start_node_services([slot])
         dead = [rank for rank in self._ranks_of(slot) if not self._rank(rank).alive]
-        for rank in dead:
-            self._replace(self._rank_children, rank, self._new_rank(rank))
+        self._new_ranks(dead)
         self._join(dead)
 
     def kill_coordinator(self) -> None:
@@ -341,8 +396,35 @@ class LocalMesh:
                 raise InvalidRequest(f"no node in slot {slot}; there are {sorted(self._node_children)}")
             return self._node_children[slot]
 
-    def _new_rank(self, rank: int) -> Child:
-        return Child(f"rank-{rank}", rank_main, self._rank_settings[rank])
+    def _driver(self, rank: int) -> Child:
+        self._rank(rank)
+        with self._lock:
+            if rank not in self._driver_children:
+                raise InvalidRequest(f"rank {rank} has no driver: the ranks of this LocalMesh are not driven")
+            return self._driver_children[rank]
+
+    def _new_ranks(self, ranks: Collection[int]) -> None:
+        """Starts the processes of ranks, and those of their drivers; nobody waits for them yet."""
+        world_size = len(self._living()) + len(ranks)
+        for rank in ranks:
+            settings = self._rank_settings[rank]
+            if not self._hosted:
+                child = Child(f"rank-{rank}", rank_main, settings)
+            else:
+                child = start_hosted(rank, settings, self._address_of(rank), world_size, self._factory)
+            self._replace(self._rank_children, rank, child)
+            if self._hosted and not self._factory:
+                self._replace(self._driver_children, rank, self._new_driver(rank))
+
+    def _new_driver(self, rank: int) -> Child:
+        settings = DriverSettings(
+            address=self._address_of(rank), rank=rank, transport=self._transport, timeout_s=self._timeout_s
+        )
+        return Child(f"driver-{rank}", rank_main, settings)
+
+    def _address_of(self, rank: int) -> str:
+        """host:port of the node service of a rank."""
+        return self._ports[rank // self.ranks_per_node].address
 
     def _replace(self, children: dict[int, Child], key: int, child: Child) -> None:
         """Puts a new child in the place of a dead one."""
@@ -375,14 +457,32 @@ class LocalMesh:
         """Has new ranks join, all at once, in a view with every other living rank."""
         with self._lock:
             children = {rank: self._rank_children[rank] for rank in ranks}
+        if self._hosted:
+            deadline = time.monotonic() + self._timeout_s
+            epochs = [await_joined(child, deadline) for child in children.values()]
+            if self._factory:
+                self._await_serving(children, max(epochs, default=0), deadline)
+                return
         world_size = len(self._living())
-        for rank, child in children.items():
-            child.send(Join(self._ports[rank // self.ranks_per_node].address, world_size))
-        joined = answers(children)
+        workers = self._workers(children)
+        for rank, child in workers.items():
+            child.send(Join(self._address_of(rank), world_size))
+        joined = answers(workers)
         _raise_first(joined)
         dead = [rank for rank, answer in joined.items() if answer is None]
         if dead:
             raise MeshUnavailable(f"rank {dead[0]} ended while it was starting")
+
+    def _await_serving(self, ranks: Collection[int], epoch: int, deadline: float) -> None:
+        """Until a view not older than `epoch` shows the front of each of `ranks`: then routers may come."""
+        while True:
+            view = self.view()
+            silent = [rank for rank in ranks if rank not in view.ranks or not view.ranks[rank].front_endpoint]
+            if view.epoch >= epoch and not silent:
+                return
+            if time.monotonic() > deadline:
+                raise MeshUnavailable(f"ranks {silent} do not serve in time; epoch {view.epoch}")
+            time.sleep(_POLL_S)
 
 
 def _bound(child: Child, deadline: float) -> str:

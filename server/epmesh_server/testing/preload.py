@@ -6,7 +6,9 @@ from epmesh_server.processes.fork_server import start_fork_server
 
 _MODULES = (
     "epmesh_server.coordinator",
+    "epmesh_server.hosted.rank_main",
     "epmesh_server.node",
+    "epmesh_server.ranks.driven",
     "epmesh_server.testing.rank_runner",
     "epmesh_server.testing.services",
 )

@@ -1,4 +1,4 @@
-"""A rank as a child of a local mesh: joins, then does the work it is sent."""
+"""Who does a local mesh's work, as its child: a rank that joins, or the driver of a hosted one."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class RankSettings:
     """What a rank says when it joins; as the arguments of ``epmesh.join``."""
 
     local_rank: int
+    address: str = ""
     device: str = "cpu"
     num_experts: int | None = None
     experts: tuple[int, ...] | None = None
@@ -33,8 +34,44 @@ class RankSettings:
     exchange_timeout_s: float = 30.0
     timeout_s: float = 30.0
 
+    def enter(self, address: str, world_size: int, timeout_s: float) -> epmesh.Communicator:
+        """Joins at `address`, in a view of `world_size` ranks."""
+        return epmesh.join(
+            address,
+            world_size=world_size,
+            local_rank=self.local_rank,
+            device=self.device,
+            num_experts=self.num_experts,
+            experts=self.experts,
+            tensor_parallel_size=self.tensor_parallel_size,
+            max_tokens_per_rank=self.max_tokens_per_rank,
+            exchange_timeout_s=self.exchange_timeout_s,
+            timeout_s=timeout_s,
+        )
 
-def rank_main(pipe: Connection[Any, Any], settings: RankSettings) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class DriverSettings:
+    """Which hosted rank a driver takes, and how; as the arguments of ``epmesh.attach``."""
+
+    rank: int
+    address: str = ""
+    transport: str | None = None
+    timeout_s: float = 30.0
+
+    def enter(self, address: str, world_size: int, timeout_s: float) -> epmesh.Communicator:
+        """Attaches at `address`, in a view of `world_size` ranks."""
+        return epmesh.attach(
+            address,
+            rank=self.rank,
+            transport=self.transport,
+            world_size=world_size,
+            timeout_s=timeout_s,
+            driver=f"the driver of rank {self.rank} of a LocalMesh",
+        )
+
+
+def rank_main(pipe: Connection[Any, Any], settings: RankSettings | DriverSettings) -> None:
     """Answers each message of the owner with one of its own, until the owner is gone."""
     import torch  # here, not above: the owner needs this module and no torch
 
@@ -51,9 +88,9 @@ def rank_main(pipe: Connection[Any, Any], settings: RankSettings) -> None:
 class RankRunner:
     """Holds the rank's communicator between works."""
 
-    def __init__(self, settings: RankSettings) -> None:
+    def __init__(self, settings: RankSettings | DriverSettings) -> None:
         self._settings = settings
-        self._address = ""
+        self._address = settings.address
         self._comm: epmesh.Communicator | None = None
         self._handlers: dict[type, Callable[[Any], object]] = {
             Join: self._join,
@@ -76,19 +113,7 @@ class RankRunner:
         if self._comm is not None:
             self._comm.destroy()
             self._comm = None
-        settings = self._settings
-        self._comm = epmesh.join(
-            self._address,
-            world_size=world_size,
-            local_rank=settings.local_rank,
-            device=settings.device,
-            num_experts=settings.num_experts,
-            experts=settings.experts,
-            tensor_parallel_size=settings.tensor_parallel_size,
-            max_tokens_per_rank=settings.max_tokens_per_rank,
-            exchange_timeout_s=settings.exchange_timeout_s,
-            timeout_s=timeout_s,
-        )
+        self._comm = self._settings.enter(self._address, world_size, timeout_s)
         return self._comm
 
     def _get_ready(self, message: GetReady) -> Ready | NotYet:
