@@ -14,6 +14,7 @@ import epmesh
 from epmesh import Communicator, DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable
 from epmesh.view import View
 from epmesh_server.ranks import flat_exchange, flat_member, flat_messages
+from tests.integration import contract
 from tests.integration.contract import Shape
 from tests.integration.flat_ranks import start_flat_ranks
 from tests.integration.flat_threads import gloo_group, hash_store, together
@@ -193,6 +194,24 @@ def test_rows_go_only_to_the_ranks_that_hold_their_experts() -> None:
     assert 100 * row < there_1 < 101 * row + 100 * 12
     assert 100 * row < back_0 < 101 * row
     assert back_1 < 2048
+
+
+def sum_noise(comm: Communicator, numel: int) -> list[torch.Tensor]:
+    noise = contract.noise(comm.rank, numel)
+    halves = comm.reduce_scatterv(noise.bfloat16(), dim=0, sizes=[1, 0, numel - 1])
+    return [comm.all_reduce(noise.clone()), comm.all_reduce(noise.bfloat16()), halves]
+
+
+@pytest.mark.parametrize("numel", [1000, 100_003])
+def test_sums_are_formed_in_rank_order_in_fp32_and_rounded_once(numel: int) -> None:
+    noises = [contract.noise(rank, numel) for rank in range(3)]
+    wide = noises[0] + noises[1] + noises[2]
+    rounded = (noises[0].bfloat16().float() + noises[1].bfloat16().float() + noises[2].bfloat16().float()).bfloat16()
+    slices = [rounded[:1], rounded[1:1], rounded[1:]]
+    for (total, half, own), expected in zip(together(3, sum_noise, numel), slices, strict=True):
+        assert torch.equal(total, wide)
+        assert torch.equal(half, rounded)
+        assert torch.equal(own, expected)
 
 
 # Handles and messages -----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from epmesh_server.ranks.flat_exchange import FlatExchange
 from epmesh_server.ranks.tensors import Bytes, as_bytes, from_bytes, row_bytes
 
 _T = TypeVar("_T")
+_LITTLE_BYTES = 64 << 10  # up to here one scatter more costs more than sending everything to everybody
 
 
 class FlatCollectives:
@@ -31,14 +32,17 @@ class FlatCollectives:
         self._sequence = 0
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sums contiguous `tensor` in place; each member sums a part for all."""
+        """Sums contiguous `tensor` in place; each member sums a part for all, or, of little, everything for itself."""
         world_size = self._topology.world_size
         bounds = [tensor.numel() * position // world_size for position in range(world_size + 1)]
         sizes = [(end - start) * tensor.element_size() for start, end in itertools.pairwise(bounds)]
 
         def run(_: dict[int, Call]) -> torch.Tensor:
-            part = self._sum(as_bytes(tensor), sizes, tensor.dtype)
-            whole = np.concatenate(self._share(part, sizes))
+            data = as_bytes(tensor)
+            if data.size <= _LITTLE_BYTES:
+                whole = _sum(self._share(data, [data.size] * world_size), tensor.dtype)
+            else:
+                whole = np.concatenate(self._share(self._sum(data, sizes, tensor.dtype), sizes))
             return tensor.copy_(from_bytes(whole, tensor.dtype, tensor.shape))
 
         return self._numbered(describe("all_reduce", shape_text(tensor)), run)
@@ -106,10 +110,14 @@ class FlatCollectives:
     def _sum(self, data: Bytes, sizes: Sequence[int], dtype: torch.dtype) -> Bytes:
         """The sum of the segments that all members have for this one."""
         size = sizes[self._topology.me]
-        came = self._member.move(data, sizes, [size] * len(sizes))
-        parts = [from_bytes(block, dtype, (size // dtype.itemsize,)) for block in came]
-        return as_bytes(sum_parts(dict(enumerate(parts))))
+        return _sum(self._member.move(data, sizes, [size] * len(sizes)), dtype)
 
     def _share(self, own: Bytes, sizes: Sequence[int]) -> list[Bytes]:
         """Every member's bytes, by member, whose numbers are known to all."""
         return self._member.move(np.tile(own, len(sizes)), [own.size] * len(sizes), sizes)
+
+
+def _sum(blocks: Sequence[Bytes], dtype: torch.dtype) -> Bytes:
+    """The sum of equally long blocks, in their order."""
+    parts = [from_bytes(block, dtype, (block.size // dtype.itemsize,)) for block in blocks]
+    return as_bytes(sum_parts(dict(enumerate(parts))))
