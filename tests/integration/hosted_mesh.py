@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -58,11 +58,13 @@ class HostedMesh:
     nodes: int
     ranks_per_node: int
     options: dict[str, Any] = field(default_factory=dict)
+    buffer_bytes: int = 1 << 26
+    hosted: Sequence[int] | None = None  # those that are; None: all
 
     def __post_init__(self) -> None:
         self._children: list[Child] = []
         self._services: list[Child] = []
-        self._ranks: list[Child] = []
+        self._ranks: dict[int, Child] = {}
         self.addresses: list[str] = []
         self.world_size = self.nodes * self.ranks_per_node
 
@@ -76,7 +78,7 @@ class HostedMesh:
         return self
 
     def __exit__(self, *_: object) -> None:
-        end_all([*self._ranks, *self._services, *self._children], 1.0)
+        end_all([*self._ranks.values(), *self._services, *self._children], 1.0)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
@@ -88,19 +90,24 @@ class HostedMesh:
         for slot in range(self.nodes):
             self._services.append(self._service(slot, 0))
             self.addresses.append(_address(self._services[-1]))
-        for rank in range(self.world_size):
-            self._ranks.append(self._rank(rank))
+        for rank in range(self.world_size) if self.hosted is None else self.hosted:
+            self._ranks[rank] = self._rank(rank)
 
     def _service(self, slot: int, port: int) -> Child:
         settings = NodeSettings(
-            port=port, coordinator=self.coordinator, node_id=f"n{slot}", slot=slot, runtime_dir=self._folder / f"{slot}"
+            port=port,
+            coordinator=self.coordinator,
+            node_id=f"n{slot}",
+            slot=slot,
+            runtime_dir=self._folder / f"{slot}",
+            buffer_bytes=self.buffer_bytes,
         )
         return Child(f"node-{slot}", node_main, settings)
 
-    def _rank(self, rank: int) -> Child:
+    def _rank(self, rank: int, world_size: int | None = None) -> Child:
         slot, local_rank = divmod(rank, self.ranks_per_node)
         options = {"exchange_timeout_s": 20.0, "max_tokens_per_rank": MAX_TOKENS, "timeout_s": 10.0, **self.options}
-        options |= {"address": self.addresses[slot], "local_rank": local_rank, "world_size": self.world_size}
+        options |= {"address": self.addresses[slot], "local_rank": local_rank, "world_size": world_size or self.world_size}
         return Child(f"hosted-{rank}", hosted_main, options)
 
     def kill_service(self, slot: int) -> None:
@@ -118,6 +125,11 @@ class HostedMesh:
         """Kills the process that hosts a rank."""
         self._ranks[rank].kill()
         self._ranks[rank].wait()
+
+    def start_rank(self, rank: int) -> None:
+        """Starts another process for it, which joins alone."""
+        self._ranks[rank].close()
+        self._ranks[rank] = self._rank(rank, world_size=1)
 
     def attach(self, rank: int, transport: str | None = None, **options: Any) -> epmesh.Communicator:
         """Drives a rank."""
