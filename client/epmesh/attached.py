@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from epmesh.attached_arguments import (
     Arguments,
@@ -41,10 +41,10 @@ from epmesh.tensors import (
 from epmesh.v1 import frame_pb2, front_pb2, view_pb2
 from epmesh.view import View
 
-if TYPE_CHECKING:
-    import torch
-
 _GRACE_S = 5.0
+
+Tensor = Any
+"""A NumPy array or a torch tensor on CPU, contiguous or not."""
 
 
 class AttachedRank:
@@ -179,7 +179,7 @@ class AttachedCommunicator(Communicator):
 
     # Collectives -----------------------------------------------------------------------------------------------
 
-    def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, input_: Tensor) -> Tensor:
         def fill(arguments: Arguments) -> Sequence[Any]:
             arguments.all_reduce.SetInParent()
             check_writable(input_)
@@ -187,7 +187,7 @@ class AttachedCommunicator(Communicator):
 
         return self._in_place(fill, "all_reduce", input_)
 
-    def all_gather(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    def all_gather(self, input_: Tensor, dim: int = -1) -> Tensor:
         def fill(arguments: Arguments) -> Sequence[Any]:
             check_tensor(input_)
             arguments.all_gather.dim = dim
@@ -196,8 +196,8 @@ class AttachedCommunicator(Communicator):
         return self._one(fill, "all_gather", input_)
 
     def all_gatherv(
-        self, input_: torch.Tensor | list[torch.Tensor], dim: int = 0, sizes: list[int] | None = None
-    ) -> torch.Tensor | list[torch.Tensor]:
+        self, input_: Tensor | list[Tensor], dim: int = 0, sizes: list[int] | None = None
+    ) -> Tensor | list[Tensor]:
         tensors = input_ if isinstance(input_, list) else [input_]
 
         def fill(arguments: Arguments) -> Sequence[Any]:
@@ -211,7 +211,7 @@ class AttachedCommunicator(Communicator):
         joined = self._many(fill, "all_gatherv", [kind_of(tensor) for tensor in tensors])
         return joined if isinstance(input_, list) else joined[0]
 
-    def reduce_scatter(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    def reduce_scatter(self, input_: Tensor, dim: int = -1) -> Tensor:
         if self.world_size == 1:
             with self._turn():
                 return input_
@@ -223,12 +223,12 @@ class AttachedCommunicator(Communicator):
 
         return self._one(fill, "reduce_scatter", input_)
 
-    def reduce_scatterv(self, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None) -> torch.Tensor:
+    def reduce_scatterv(self, input_: Tensor, dim: int = -1, sizes: list[int] | None = None) -> Tensor:
         return self._one(fill_scatter(input_, dim, sizes), "reduce_scatterv", input_)
 
     def reduce_scatterv_into_output(
-        self, input_: torch.Tensor, output: torch.Tensor, dim: int = -1, sizes: list[int] | None = None
-    ) -> torch.Tensor:
+        self, input_: Tensor, output: Tensor, dim: int = -1, sizes: list[int] | None = None
+    ) -> Tensor:
         def fill(arguments: Arguments) -> Sequence[Any]:
             arguments.reduce_scatterv.output.SetInParent()
             tensors = fill_scatter(input_, dim, sizes)(arguments)
@@ -238,7 +238,7 @@ class AttachedCommunicator(Communicator):
 
         return self._in_place(fill, "reduce_scatterv", output)
 
-    def gather(self, input_: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
+    def gather(self, input_: Tensor, dst: int = 0, dim: int = -1) -> Tensor | None:
         def fill(arguments: Arguments) -> Sequence[Any]:
             arguments.gather.dst = dst
             check_tensor(input_)
@@ -248,7 +248,7 @@ class AttachedCommunicator(Communicator):
         found = self._many(fill, "gather", [kind_of(input_)])
         return found[0] if found else None
 
-    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+    def broadcast(self, tensor: Tensor, src: int = 0) -> Tensor:
         def fill(arguments: Arguments) -> Sequence[Any]:
             arguments.broadcast.src = src
             check_writable(tensor)
@@ -256,7 +256,7 @@ class AttachedCommunicator(Communicator):
 
         return self._in_place(fill, "broadcast", tensor)
 
-    def send(self, tensor: torch.Tensor, dst: int | None = None) -> None:
+    def send(self, tensor: Tensor, dst: int | None = None) -> None:
         arguments = Arguments()
         with refusals():
             arguments.send.SetInParent()
@@ -266,7 +266,7 @@ class AttachedCommunicator(Communicator):
         with self._turn():
             self._call(arguments, [tensor]).close()
 
-    def recv(self, size: torch.Size | Sequence[int] | int, dtype: torch.dtype, src: int | None = None) -> torch.Tensor:
+    def recv(self, size: Sequence[int] | int, dtype: Any, src: int | None = None) -> Tensor:
         arguments = Arguments()
         with refusals():
             kind, name = kind_of_dtype(dtype)
@@ -277,8 +277,7 @@ class AttachedCommunicator(Communicator):
             if src is not None:
                 arguments.recv.src = src
         with self._turn():
-            received: torch.Tensor = self._results(self._call(arguments), [kind])[0]
-            return received
+            return self._results(self._call(arguments), [kind])[0]
 
     def batch_isend_irecv(self, p2p_ops: list[Any]) -> list[Any]:
         with refusals():
@@ -304,11 +303,11 @@ class AttachedCommunicator(Communicator):
 
     def dispatch(
         self,
-        hidden_states: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
         is_sequence_parallel: bool = False,
-        extra_tensors: list[torch.Tensor] | None = None,
+        extra_tensors: list[Tensor] | None = None,
         *,
         layer: int | None = None,
         static: bool = False,
@@ -324,11 +323,11 @@ class AttachedCommunicator(Communicator):
 
     def dispatch_async(
         self,
-        hidden_states: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
         is_sequence_parallel: bool = False,
-        extra_tensors: list[torch.Tensor] | None = None,
+        extra_tensors: list[Tensor] | None = None,
         *,
         layer: int | None = None,
         static: bool = False,
@@ -354,10 +353,10 @@ class AttachedCommunicator(Communicator):
 
     def dispatch_router_logits(
         self,
-        hidden_states: torch.Tensor,
-        router_logits: torch.Tensor,
+        hidden_states: Tensor,
+        router_logits: Tensor,
         is_sequence_parallel: bool = False,
-        extra_tensors: list[torch.Tensor] | None = None,
+        extra_tensors: list[Tensor] | None = None,
         *,
         layer: int | None = None,
         static: bool = False,
@@ -373,18 +372,18 @@ class AttachedCommunicator(Communicator):
         return shaped(self._many(fill, "dispatch_router_logits", kinds), 2, extra_tensors is not None)
 
     def combine(
-        self, hidden_states: torch.Tensor, is_sequence_parallel: bool = False, *, handle: Handle | None = None
-    ) -> torch.Tensor:
+        self, hidden_states: Tensor, is_sequence_parallel: bool = False, *, handle: Handle | None = None
+    ) -> Tensor:
         return self._one(self._combine(hidden_states, is_sequence_parallel, handle), "combine", hidden_states)
 
     def combine_into_output(
         self,
-        hidden_states: torch.Tensor,
-        output: torch.Tensor,
+        hidden_states: Tensor,
+        output: Tensor,
         is_sequence_parallel: bool = False,
         *,
         handle: Handle | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         def fill(arguments: Arguments) -> Sequence[Any]:
             tensors = self._combine(hidden_states, is_sequence_parallel, handle)(arguments)
             arguments.combine.output.CopyFrom(meta_of(output))
@@ -407,13 +406,11 @@ class AttachedCommunicator(Communicator):
         return fill
 
     def allocate_combine_input(
-        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, is_sequence_parallel: bool = False
-    ) -> torch.Tensor | None:
+        self, shape: Sequence[int], dtype: Any, device: Any, is_sequence_parallel: bool = False
+    ) -> Tensor | None:
         return None
 
-    def get_symmetric_memory_buffer(
-        self, role: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor | None:
+    def get_symmetric_memory_buffer(self, role: str, shape: Sequence[int], dtype: Any, device: Any) -> Tensor | None:
         return None
 
     # Membership ------------------------------------------------------------------------------------------------
@@ -542,11 +539,10 @@ class AttachedCommunicator(Communicator):
         with self._turn():
             return self._results(self._collective(fill, method), kinds)
 
-    def _one(self, fill: Fill, method: str, like: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self._many(fill, method, [kind_of(like)])[0]
-        return result
+    def _one(self, fill: Fill, method: str, like: Tensor) -> Tensor:
+        return self._many(fill, method, [kind_of(like)])[0]
 
-    def _in_place(self, fill: Fill, method: str, target: torch.Tensor) -> torch.Tensor:
+    def _in_place(self, fill: Fill, method: str, target: Tensor) -> Tensor:
         with self._turn():
             reply = self._collective(fill, method)
             try:

@@ -172,7 +172,8 @@ class DriverSession:
         error: EpmeshError = MeshUnavailable(f"rank {self.rank} was given back; attach again")
         try:
             for granted in self._stream:
-                self._granted.set_result(granted)
+                if not self._granted.done():
+                    self._granted.set_result(granted)
         except grpc.RpcError as exc:
             error = errors.from_rpc_error(exc, f"AttachRank at {self._address}")
         self._end(error)

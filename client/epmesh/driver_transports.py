@@ -26,7 +26,7 @@ from epmesh.v1 import communicator_service_pb2, frame_pb2, front_pb2
 
 ORDER = ("shm", "zmq", "grpc")
 _PROBE_S, _RETRY_S = 1.5, 0.02
-_SETTLE_S = 1.0  # how long after its connection broke a rank's end may be told
+_SETTLE_S = 1.0
 _MAX_REPLY_BYTES = 4 * MAX_TENSOR_BYTES
 
 
@@ -73,7 +73,11 @@ class DriverTransport(abc.ABC):
 
 
 class FrontTransport(DriverTransport):
-    """ZeroMQ to the rank's front; with `memory`, tensors lie there as long as it has room."""
+    """ZeroMQ to the rank's front; with `memory`, tensors lie there as long as it has room.
+
+    Attributes:
+        settle_s: how long after a connection broke the session may take to say why.
+    """
 
     def __init__(self, session: DriverSession, memory: DriverMemory | None) -> None:
         granted = session.granted
@@ -82,6 +86,7 @@ class FrontTransport(DriverTransport):
         self._memory = memory
         self._client = FrontClient(granted.mesh_id)
         self._peer = FrontPeer(session.rank, granted.incarnation, granted.front_endpoint)
+        self.settle_s = 0.0
         self._lock = threading.Lock()  # guards _read
         self._read: list[int] = []  # places in the rank's half that were read, and not given back yet
 
@@ -122,7 +127,7 @@ class FrontTransport(DriverTransport):
         """What `error` means to a driver: its own rank is out of reach, or a member of its group is lost."""
         if self._session.rank not in error.ranks:
             return error
-        return self._session.end_within(_SETTLE_S) or MeshUnavailable(f"{error}; attach again")
+        return self._session.end_within(self.settle_s) or MeshUnavailable(f"{error}; attach again")
 
     def _taken_in(self, reply: FrontReply) -> Reply:
         response, frames = reply.response, iter(reply.tensors)
@@ -236,6 +241,8 @@ def _opened(session: DriverSession, name: str, deadline: float) -> DriverTranspo
     except BaseException:
         transport.close()
         raise
+    if isinstance(transport, FrontTransport):
+        transport.settle_s = _SETTLE_S
     return transport
 
 

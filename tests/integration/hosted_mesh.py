@@ -107,13 +107,21 @@ class HostedMesh:
     def _rank(self, rank: int, world_size: int | None = None) -> Child:
         slot, local_rank = divmod(rank, self.ranks_per_node)
         options = {"exchange_timeout_s": 20.0, "max_tokens_per_rank": MAX_TOKENS, "timeout_s": 10.0, **self.options}
-        options |= {"address": self.addresses[slot], "local_rank": local_rank, "world_size": world_size or self.world_size}
+        options |= {
+            "address": self.addresses[slot],
+            "local_rank": local_rank,
+            "world_size": world_size or self.world_size,
+        }
         return Child(f"hosted-{rank}", hosted_main, options)
 
     def kill_service(self, slot: int) -> None:
         """Kills a node's service; its ranks go on trying to join it."""
         self._services[slot].kill()
         self._services[slot].wait()
+
+    def pause_service(self, slot: int) -> None:
+        """Stops a node's service (SIGSTOP)."""
+        self._services[slot].pause()
 
     def start_service(self, slot: int) -> None:
         """Starts it again, at the same address."""

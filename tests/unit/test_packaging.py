@@ -15,6 +15,7 @@ import pytest
 
 from epmesh.testing import LocalMesh
 from tests.integration import serve_works
+from tests.integration.hosted_mesh import HostedMesh
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -97,6 +98,24 @@ print("right")
         assert run([light_python, "-W", "error", "-c", code, mesh.address], cwd=tmp_path) == "right\n"
         (tmp_path / "stop").touch()
         done.result(30)
+
+
+@pytest.mark.timeout(240)
+def test_a_base_install_drives_ranks_with_numpy(light_python: Path, tmp_path: Path) -> None:
+    code = """
+import sys, epmesh, numpy as np
+for transport in ("shm", "zmq", "grpc"):
+    with epmesh.attach(sys.argv[1], rank=0, transport=transport) as comm:
+        rows = np.arange(6, dtype=np.float32).reshape(3, 2)
+        received, weights, ids = comm.dispatch(rows, np.ones((3, 1), np.float32), np.zeros((3, 1), np.int64), True)
+        assert np.array_equal(comm.combine(received * 2, True), rows * 2)
+        total = np.ones(2, np.float16)
+        assert comm.all_reduce(total) is total and comm.device == "cpu"
+assert "torch" not in sys.modules
+print("right")
+"""
+    with HostedMesh(1, 1) as mesh:
+        assert run([light_python, "-W", "error", "-c", code, mesh.addresses[0]], cwd=tmp_path) == "right\n"
 
 
 @pytest.mark.timeout(240)
