@@ -27,6 +27,7 @@ from epmesh.errors import (
 )
 from epmesh.placement import Placement, linear_placement
 from epmesh.router import AsyncRouter, Router
+from epmesh.router_stats import NodeLatency, RouterStats
 from epmesh.version import VERSION
 from epmesh.view import GroupInfo, NodeInfo, RankInfo, RankMode, View
 
@@ -49,6 +50,7 @@ __all__ = [
     "Mesh",
     "MeshUnavailable",
     "NodeInfo",
+    "NodeLatency",
     "NotReady",
     "Overloaded",
     "PeerLost",
@@ -56,6 +58,7 @@ __all__ = [
     "RankInfo",
     "RankMode",
     "Router",
+    "RouterStats",
     "StaleEpoch",
     "Unauthenticated",
     "View",

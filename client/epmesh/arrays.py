@@ -159,7 +159,7 @@ def sum_rows(parts: Sequence[tuple[Ints, Rows]], num_rows: int) -> Rows:
     total: AnyArray | None = None
     for rows, values in parts:
         if len(rows) == num_rows:
-            total = _widened(values) if total is None else np.add(total, _widened(values), out=total)
+            total = _widened(values, copy=True) if total is None else np.add(total, _widened(values), out=total)
         elif len(rows):
             total = np.zeros((num_rows, width), _accumulator(dtype)) if total is None else total
             total[rows] += _widened(values)
@@ -242,15 +242,15 @@ def _accumulator(dtype: str) -> npt.DTypeLike:
     return np.float64 if dtype == "float64" else np.float32
 
 
-def _widened(rows: Rows) -> AnyArray:
-    """A new array of the accumulator's dtype."""
+def _widened(rows: Rows, copy: bool = False) -> AnyArray:
+    """An array of the accumulator's dtype; it may share the rows' memory unless `copy` is set."""
     flat = rows.data.reshape(-1)
     shape = (len(rows), rows.width)
     if rows.dtype == "bfloat16":
         wide = flat.view(np.uint16).astype(np.uint32)
         wide <<= 16
         return wide.view(np.float32).reshape(shape)
-    return flat.view(np.dtype(rows.dtype)).astype(_accumulator(rows.dtype)).reshape(shape)
+    return flat.view(np.dtype(rows.dtype)).astype(_accumulator(rows.dtype), copy=copy).reshape(shape)
 
 
 def _rounded(total: AnyArray, dtype: str) -> Rows:
