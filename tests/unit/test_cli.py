@@ -196,6 +196,29 @@ def test_a_table_shows_nodes_ranks_groups_and_what_is_missing() -> None:
     assert world.split() == ["world", "0", "0-1", "8", "12"]
 
 
+def test_fronts_are_shown_and_what_each_kind_of_rank_lacks() -> None:
+    ranks = (
+        RankInfo(0, 1, "cpu", RankMode.EXCHANGE, ""),
+        RankInfo(1, 2, "cpu", RankMode.SERVE, "", "tcp://10.0.0.1:41235"),
+        RankInfo(2, 3, "cpu", RankMode.SERVE, ""),
+    )
+    placements: dict[int | None, Placement] = {
+        None: Placement(4, {0: (0, 1, 2), 1: (0, 3)}),
+        3: Placement(2, {0: (0, 1)}),  # no rank that serves has anything of this layer
+    }
+    view = View("m", 1, 1, 4, (NodeInfo(0, "n", 1, "h:1", ranks),), (), placements)
+    console = Console(file=io.StringIO(), width=160)
+    console.print(view_as_tables(view))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "10.0.0.1:41235" in shown
+    assert "serve (no rows yet)" in shown
+    assert "no rank that exchanges holds experts 3\n" in shown.replace(" \n", "\n")
+    assert "no rank that serves holds experts 1-2\n" in shown.replace(" \n", "\n")
+    assert "layer 3" not in shown[shown.index("no rank") :]
+    shown_ranks = view_as_dict(view)["nodes"][0]["ranks"]
+    assert [rank["front_endpoint"] for rank in shown_ranks] == ["", "tcp://10.0.0.1:41235", ""]
+
+
 def test_many_layers_do_not_flood_the_table() -> None:
     layers: dict[int | None, Placement] = {layer: Placement(1, {0: (0,)}) for layer in range(60)}
     view = View("m", 1, 1, 4, VIEW.nodes, (), layers)

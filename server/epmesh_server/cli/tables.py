@@ -12,7 +12,7 @@ from rich.text import Text
 
 from epmesh.placement import Placement
 from epmesh.v1 import rank_service_pb2
-from epmesh.view import NodeInfo, View
+from epmesh.view import NodeInfo, RankInfo, RankMode, View
 
 _MAX_LAYERS_SHOWN = 4
 _NOTHING = "-"
@@ -71,9 +71,9 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans) or _NOTHING
 
 
-def orphans(view: View, placement: Placement) -> list[int]:
-    """Experts that no living rank holds."""
-    living = view.ranks
+def orphans(view: View, placement: Placement, mode: RankMode | None = None) -> list[int]:
+    """Experts that no living rank holds; of those in `mode`, where one is given."""
+    living = {rank for rank, info in view.ranks.items() if mode in (None, info.mode)}
     return [expert for expert, ranks in enumerate(placement.holders) if not any(rank in living for rank in ranks)]
 
 
@@ -83,15 +83,16 @@ def _rank_table(view: View) -> Table:
     for name in ("node", "address"):
         table.add_column(name, overflow="fold")
     table.add_column("rank", justify="right")
-    for name in ("device", "mode", "experts"):
+    for name in ("device", "mode", "front", "experts"):
         table.add_column(name, overflow="fold")
     for node in view.nodes:
         first = [str(node.slot), node.node_id, node.address]
         for info in node.ranks:
-            table.add_row(*first, str(info.rank), info.device, info.mode.name.lower(), _experts(view, info.rank))
+            front = info.front_endpoint.removeprefix("tcp://") or _NOTHING
+            table.add_row(*first, str(info.rank), info.device, _mode(info), front, _experts(view, info.rank))
             first = ["", "", ""]
         if not node.ranks:
-            table.add_row(*first, _NOTHING, _NOTHING, _NOTHING, _NOTHING)
+            table.add_row(*first, *[_NOTHING] * 5)
     return table
 
 
@@ -109,6 +110,12 @@ def _group_table(view: View) -> Table:
     return table
 
 
+def _mode(info: RankInfo) -> str:
+    """The mode; a rank that serves and has no front is getting ready, or leaving."""
+    idle = info.mode is RankMode.SERVE and not info.front_endpoint
+    return info.mode.name.lower() + (" (no rows yet)" if idle else "")
+
+
 def _experts(view: View, rank: int) -> str:
     shown = [
         ranges(placement.experts_of.get(rank, ())) + (f" of layer {layer}" if layer is not None else "")
@@ -124,10 +131,14 @@ def _warnings(view: View, node: rank_service_pb2.DescribeNodeResponse | None) ->
         who = f"the coordinator at {node.coordinator_address} is out of reach of {node.node_id}"
         lines.append(f"{who}: nobody can join or leave, exchanges go on")
     for layer, placement in _by_layer(view):
+        where = "" if layer is None else f" of layer {layer}"
         missing = orphans(view, placement)
         if missing:
-            where = "" if layer is None else f" of layer {layer}"
             lines.append(f"no living rank holds experts {ranges(missing)}{where}")
+        for mode, who in ((RankMode.EXCHANGE, "exchanges"), (RankMode.SERVE, "serves")):
+            lacking = sorted(set(orphans(view, placement, mode)) - set(missing))
+            if lacking and len(orphans(view, placement, mode)) < placement.num_experts:
+                lines.append(f"no rank that {who} holds experts {ranges(lacking)}{where}")
     return lines
 
 
@@ -142,6 +153,7 @@ def _node_as_dict(view: View, node: NodeInfo) -> dict[str, Any]:
                 "device": info.device,
                 "mode": info.mode.name.lower(),
                 "link_endpoint": info.link_endpoint,
+                "front_endpoint": info.front_endpoint,
                 "experts": [
                     {"layer": layer, "experts": list(placement.experts_of[info.rank])}
                     for layer, placement in _by_layer(view)
