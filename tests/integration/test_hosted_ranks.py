@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,6 +98,40 @@ def test_a_killed_rank_comes_back_into_its_slot(shell: Shell) -> None:
     assert after[1] != before[1]
     ranks = ranks_when(shell, lambda ranks: len(ranks) == 2)
     assert [rank["experts"][0]["experts"] for rank in ranks] == [[0, 1], [2, 3]]
+
+
+@pytest.mark.fault
+def test_a_killed_fork_server_is_replaced_with_all_that_came_from_it(shell: Shell) -> None:
+    service = serve(shell, "--num-experts", "4")
+    before = processes(service)
+    (fork_server,) = {parent_of(pid) for pid in before.values()}
+    os.kill(fork_server, signal.SIGKILL)
+    assert all(map(gone, before.values()))
+    service.line("hosted by process", count=4)
+    assert set(processes(service).values()).isdisjoint(before.values())
+    ranks = ranks_when(shell, lambda ranks: len(ranks) == 2)
+    assert [rank["experts"][0]["experts"] for rank in ranks] == [[0, 1], [2, 3]]
+    pids = descendants(service.process.pid)
+    assert service.stop() < STOP_BOUND_S
+    assert all(map(gone, pids))
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.fault
+def test_ranks_are_there_again_with_their_experts_when_the_mesh_begins_anew(shell: Shell) -> None:
+    coordinator = shell.start("coordinator")
+    coordinator.line("coordinator.started")
+    service = serve(shell, "--num-experts", "5", "--coordinator", shell.coordinator)
+    before = processes(service)
+    coordinator.stop()
+    shell.start("coordinator", "--data-dir", str(shell.directory / "state" / "another")).line("coordinator.started")
+    service.line("hosted by process", count=4)
+    assert processes(service) == before
+    ranks = ranks_when(shell, lambda ranks: len(ranks) == 2)
+    assert [rank["experts"][0]["experts"] for rank in ranks] == [[0, 1, 2], [3, 4]]
 
 
 @pytest.mark.fault
