@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import operator
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import epmesh
 from epmesh import DeadlineExceeded, EpmeshError, InvalidRequest, Overloaded, PeerLost, StaleEpoch
 from epmesh.testing import LocalMesh
 from epmesh_server.ranks.serving_experts import ServeStats
@@ -275,3 +277,35 @@ def test_integers_are_summed_exactly(tmp_path: Path) -> None:
 def test_collective_calls_of_a_rank_that_serves_are_refused(tmp_path: Path) -> None:
     with LocalMesh(1, 1, num_experts=8) as mesh:
         assert mesh.run(serve_works.serve_and_call) == [["rank 0 serves routers", "rank 0 serves already"]]
+
+
+def test_ranks_that_die_join_and_leave_disturb_no_request_of_their_neighbours(tmp_path: Path) -> None:
+    with LocalMesh(1, 3, num_experts=8, experts=[range(4), range(4, 8), []]) as mesh:
+        done = mesh.start(serve_works.serve, tmp_path / "stop")
+        view = wait_serving(mesh.view, [0, 1, 2])
+        stop = threading.Event()
+        with closing(PlainRouter(view)) as router, ThreadPoolExecutor(1) as threads:
+            traffic = threads.submit(ask_until, router, stop)
+            try:
+                mesh.kill_rank(2)
+                wait_serving(mesh.view, [0, 1])
+                for _ in range(8):
+                    with epmesh.join(mesh.address, local_rank=2, mode="serve", num_experts=8, experts=[]) as comm:
+                        assert comm.view.membership_epoch > view.membership_epoch
+            finally:
+                stop.set()
+            assert traffic.result(30) > 0
+        (tmp_path / "stop").touch()
+        assert [type(each) for each in done.result(30)] == [ServeStats, ServeStats, PeerLost]
+
+
+def ask_until(router: PlainRouter, stop: threading.Event) -> int:
+    """Has ranks 0 and 1 compute rows until `stop` is set, and checks the sums; how many requests."""
+    for count in itertools.count():
+        if stop.is_set():
+            return count
+        rows = rows_of(count, 40)
+        targets = torch.where(rows[2] >= 0, rows[2] // 4, -1)
+        (call,) = router.start(*rows, targets=targets, entry=count % 2)
+        torch.testing.assert_close(total(rows[0], [call]).double(), reference(None, *rows), rtol=1e-5, atol=1e-5)
+    raise AssertionError

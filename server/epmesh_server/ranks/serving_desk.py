@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, Overloaded, PeerLost
+from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, Overloaded, PeerLost, StaleEpoch
 from epmesh.frames import Buffer, num_bytes
 from epmesh.front import INLINE, FrontClient, FrontPeer
 from epmesh.layout import Ints
@@ -165,12 +165,13 @@ class Desk:
         view, gone = self._session.view, self._session.page.lost()
         if view is None:
             return
+        self._memories.newest()  # before neighbours name it
         for request in list(self._requests):
-            lost = [
+            lost = {
                 share.rank
                 for share in request.neighbours
                 if share.rank in request.waiting and (share.rank in gone or not _alive(view, share))
-            ]
+            }
             if lost:
                 self._fail(request, PeerLost(lost, view.epoch))
         early, self._early = self._early, []
@@ -223,9 +224,10 @@ class Desk:
                 )
             )
 
-    def _announce(self, request: RouterRequest, rank: int) -> None:
+    def _announce(self, request: RouterRequest, rank: int, *, as_frames: bool = False) -> None:
         index = request.router_rows.index(rank)
-        message, frames, slab, result_at = self._written(request.router_rows, rank, index)
+        memory = None if as_frames else self._memories.newest()
+        message, frames, slab, result_at = self._written(request.router_rows, rank, index, memory)
         info = request.view.ranks[rank]
         peer = FrontPeer(rank, info.incarnation, info.front_endpoint)
         timeout_s = max(request.deadline - time.monotonic(), 0.001)
@@ -235,7 +237,7 @@ class Desk:
         answer.add_done_callback(lambda _: self._post(lambda: self._take_answer(request, share)))
 
     def _written(
-        self, router_rows: RouterRows, rank: int, index: Ints
+        self, router_rows: RouterRows, rank: int, index: Ints, memory: ServeMemory | None
     ) -> tuple[front_pb2.FrontRequest, list[Buffer], Slab | None, int]:
         """The announcement of a share: its rows in the section of this rank, or as frames where there is no room."""
         key = router_rows.rows.key
@@ -246,7 +248,6 @@ class Desk:
         sizes = [len(index) * width for width in router_rows.rows.row_bytes]
         starts, end = _places(sizes)
         room = result_room(dtype_from_name(key.hidden_dtype).itemsize, len(index), key.hidden)
-        memory = self._memories.newest()
         slab = memory.take(end + room) if memory is not None else None
         if memory is None or slab is None:
             rows = router_rows.share(rank, index)
@@ -276,6 +277,10 @@ class Desk:
             share.release()
             return
         try:
+            if isinstance(error, StaleEpoch) and share.slab is not None:
+                share.release()  # a neighbour may come too late to map that memory; frames never come too late
+                self._announce(request, share.rank, as_frames=True)
+                return
             results = share.results(share.answer.result())
         except EpmeshError as exc:
             self._fail(request, blamed(exc, share.rank, request.view.epoch))
