@@ -1,22 +1,18 @@
-"""A mesh whose ranks are processes of their own that wait for drivers, and drivers of all of them in this process."""
+"""A mesh of hosted ranks without drivers: those are the test's to make, in this process or in others."""
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import epmesh
-from epmesh.errors import EpmeshError
 from epmesh_server.coordinator import CoordinatorSettings
+from epmesh_server.hosted.options import HostedRank
+from epmesh_server.hosted.rank_main import rank_main
 from epmesh_server.node import NodeSettings
 from epmesh_server.processes.child import Child, end_all
 from epmesh_server.testing.preload import start_mesh_fork_server
@@ -26,38 +22,12 @@ from tests.integration.contract import MAX_TOKENS
 TIMEOUT_S = 20.0
 
 
-def hosted_main(pipe: Connection[Any, Any], options: dict[str, Any]) -> None:
-    """A rank that takes drivers, and joins again whenever its membership ended."""
-    import torch
-
-    from epmesh_server.ranks.driven import drive
-    from epmesh_server.ranks.front import Front
-    from epmesh_server.ranks.join import RankOptions, become_rank
-
-    torch.set_num_threads(1)
-    while True:
-        front = Front("127.0.0.1")
-        try:
-            comm = become_rank(RankOptions(**options), front.endpoint)
-        except EpmeshError:
-            front.close(0.0)
-            time.sleep(0.05)  # its node service is being started again
-            continue
-        rank = comm._rank_process
-        front.identify(comm.view.mesh_id, rank.session.rank, rank.incarnation)
-        drive(comm, front)
-        front.close(0.0)
-        with contextlib.suppress(EpmeshError):
-            comm.destroy()
-
-
 @dataclass
 class HostedMesh:
     """`nodes` of `ranks_per_node` hosted ranks; use it in a with statement."""
 
     nodes: int
     ranks_per_node: int
-    options: dict[str, Any] = field(default_factory=dict)
     buffer_bytes: int = 1 << 26
     hosted: Sequence[int] | None = None  # those that are; None: all
 
@@ -106,13 +76,14 @@ class HostedMesh:
 
     def _rank(self, rank: int, world_size: int | None = None) -> Child:
         slot, local_rank = divmod(rank, self.ranks_per_node)
-        options = {"exchange_timeout_s": 20.0, "max_tokens_per_rank": MAX_TOKENS, "timeout_s": 10.0, **self.options}
-        options |= {
-            "address": self.addresses[slot],
-            "local_rank": local_rank,
-            "world_size": world_size or self.world_size,
-        }
-        return Child(f"hosted-{rank}", hosted_main, options)
+        options = HostedRank(
+            address=self.addresses[slot],
+            local_rank=local_rank,
+            world_size=world_size or self.world_size,
+            max_tokens_per_rank=MAX_TOKENS,
+            exchange_timeout_s=20.0,
+        )
+        return Child(f"hosted-{rank}", rank_main, options)
 
     def kill_service(self, slot: int) -> None:
         """Kills a node's service; its ranks go on trying to join it."""
@@ -143,46 +114,6 @@ class HostedMesh:
         """Drives a rank."""
         options = {"world_size": self.world_size, "timeout_s": TIMEOUT_S, **options}
         return epmesh.attach(self.addresses[rank // self.ranks_per_node], rank=rank, transport=transport, **options)
-
-    @contextlib.contextmanager
-    def drivers(self, transport: str | None = None) -> Iterator[Drivers]:
-        """Drives all ranks."""
-        with Drivers(self, transport) as drivers:
-            yield drivers
-
-
-class Drivers:
-    """A driver for each rank of a mesh, in this process; calling it runs a work on all of them, as `LocalMesh.run`."""
-
-    def __init__(self, mesh: HostedMesh, transport: str | None) -> None:
-        self._pool = ThreadPoolExecutor(mesh.world_size)
-        try:
-            self.comms = list(self._pool.map(lambda rank: mesh.attach(rank, transport), range(mesh.world_size)))
-        except BaseException:
-            self._pool.shutdown()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for comm in self.comms:
-            comm.destroy()
-        self._pool.shutdown()
-
-    def __call__(self, work: Callable[..., Any], *args: Any) -> list[Any]:
-        """Calls ``work(comm, *args)`` for every rank at once; the results by rank, or the lowest rank's error."""
-        ready = threading.Barrier(len(self.comms))
-
-        def run(comm: epmesh.Communicator) -> Any:
-            comm.wait_ready(TIMEOUT_S)
-            ready.wait(TIMEOUT_S)
-            return work(comm, *args)
-
-        futures = [self._pool.submit(run, comm) for comm in self.comms]
-        for future in futures:
-            future.exception(120.0)
-        return [future.result() for future in futures]
 
 
 def _address(child: Child) -> str:

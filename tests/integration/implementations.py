@@ -8,15 +8,16 @@ implementation in every shape; `on` asks for some shapes, and for all implementa
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
 from epmesh.testing import LocalMesh
 from tests.integration.contract import MAX_TOKENS, Feature, Shape
 from tests.integration.flat_ranks import start_flat_ranks
-from tests.integration.hosted_mesh import HostedMesh
 from tests.integration.targets import Runner
 
 EXCHANGE_TIMEOUT_S = 20.0
@@ -47,7 +48,7 @@ Case = tuple[Implementation, Shape]
 
 
 @contextlib.contextmanager
-def start_local_mesh(shape: Shape) -> Iterator[Runner]:
+def start_local_mesh(shape: Shape, **options: Any) -> Iterator[Runner]:
     """Ranks that joined a mesh of real processes."""
     with LocalMesh(
         shape.nodes,
@@ -55,28 +56,21 @@ def start_local_mesh(shape: Shape) -> Iterator[Runner]:
         tensor_parallel_size=shape.tensor_parallel_size,
         exchange_timeout_s=EXCHANGE_TIMEOUT_S,
         max_tokens_per_rank=MAX_TOKENS,
+        **options,
     ) as mesh:
         yield mesh.run
 
 
-def start_attached(transport: str) -> Start:
-    """Ranks that a node service hosts, each driven from this process."""
-
-    @contextlib.contextmanager
-    def start(shape: Shape) -> Iterator[Runner]:
-        with hosted(shape) as mesh, mesh.drivers(transport) as run:
-            yield run
-
-    return start
-
-
-def hosted(shape: Shape) -> HostedMesh:
-    """A mesh of hosted ranks in this shape."""
-    options = {"tensor_parallel_size": shape.tensor_parallel_size, "exchange_timeout_s": EXCHANGE_TIMEOUT_S}
-    return HostedMesh(shape.nodes, shape.ranks_per_node, options)
+def attached(transport: str, *shapes: Shape) -> Implementation:
+    """Hosted ranks, each with a driver in a process of its own."""
+    return Implementation(
+        name=f"attach-{transport}",
+        start=functools.partial(start_local_mesh, hosted=True, transport=transport),
+        shapes=shapes,
+        lacks={Feature.PROCESS_GROUPS: "an attached rank's process groups are in the process that hosts it"},
+    )
 
 
-NO_GROUPS = {Feature.PROCESS_GROUPS: "an attached rank's process groups are in the process that hosts it"}
 IMPLEMENTATIONS = (
     Implementation(
         name="join",
@@ -95,9 +89,9 @@ IMPLEMENTATIONS = (
             Feature.VIEWS: "there is no mesh behind a DeviceCommunicator",
         },
     ),
-    Implementation("attach-shm", start_attached("shm"), shapes=(Shape(2, 2),), lacks=NO_GROUPS),
-    Implementation("attach-zmq", start_attached("zmq"), shapes=(Shape(2, 2),), lacks=NO_GROUPS),
-    Implementation("attach-grpc", start_attached("grpc"), shapes=(Shape(2, 2),), lacks=NO_GROUPS),
+    attached("shm", Shape(2, 2)),
+    attached("zmq", Shape(2, 2)),
+    attached("grpc", Shape(2, 2)),
 )
 
 
