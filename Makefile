@@ -44,8 +44,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 	@echo "setup: done"
 
-demo: $(STAMP)  ## two nodes, four ranks, a real mixture-of-experts model; ends with demo: PASS
-	@echo "demo: a mixture-of-experts language model, its experts spread over two nodes with two ranks each"
+demo: $(STAMP)  ## a real mixture-of-experts model over two nodes, by ranks, then by routers; ends with demo: PASS
+	@echo "demo: a mixture-of-experts language model, its experts spread over two nodes; first by ranks, then by routers"
 	@$(BIN)/epmesh demo $(ARGS)
 
 test: $(STAMP)  ## unit, integration and fault tests, with real processes; ARGS="-k word" picks some

@@ -1,6 +1,15 @@
 """A small mixture-of-experts language model whose experts run in one process or are spread over a mesh."""
 
-from .experts import ExpertBackend, Experts, LocalExperts, MeshExperts, ServedExperts, linear_share, run_expert_rows
+from .experts import (
+    ExpertBackend,
+    Experts,
+    LocalExperts,
+    MeshExperts,
+    RoutedExperts,
+    ServedExperts,
+    linear_share,
+    run_expert_rows,
+)
 from .generate import Decoder, Generation, Sampler, encode_prompts, generate
 from .model import NO_TOKEN, KeyValueCache, MoeConfig, MoeLanguageModel
 from .tokenizer import Tokenizer
@@ -18,6 +27,7 @@ __all__ = [
     "MeshExperts",
     "MoeConfig",
     "MoeLanguageModel",
+    "RoutedExperts",
     "Sampler",
     "ServedExperts",
     "Tokenizer",

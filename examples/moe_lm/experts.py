@@ -49,7 +49,7 @@ def run_expert_rows(layer: Experts, x: Tensor, weights: Tensor, ids: Tensor) -> 
 
 
 class ExpertBackend(Protocol):
-    """Where a layer's experts run. All calls are lock-step: every rank makes the same ones in the same order."""
+    """Where a layer's experts run. Ranks call in lock-step, the same calls in the same order; a router as it likes."""
 
     def forward(
         self, layer: int, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: Experts
@@ -92,6 +92,26 @@ class MeshExperts:
     ) -> Tensor:
         x, weights, ids = self.comm.dispatch(hidden_states, topk_weights, topk_ids, layer=layer)
         return self.comm.combine(run_expert_rows(experts, x, weights, ids))
+
+
+class Router(Protocol):
+    """The one call of `epmesh.Router` that a mixture-of-experts layer needs."""
+
+    def forward(
+        self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, layer: int | None = None
+    ) -> Tensor: ...
+
+
+class RoutedExperts:
+    """No expert is in this process, and it is no rank: rows go to the ranks that serve, and the sums come back."""
+
+    def __init__(self, router: Router) -> None:
+        self.router = router
+
+    def forward(
+        self, layer: int, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: Experts
+    ) -> Tensor:
+        return self.router.forward(hidden_states, topk_weights, topk_ids, layer=layer)
 
 
 class ServedExperts:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
+from epmesh import Communicator
 from epmesh.errors import InvalidRequest
 from epmesh_server.cli.demo import DemoPlan
 from epmesh_server.cli.demo.rank_work import RankReport, generate_share
 from epmesh_server.ranks.communicator import JoinedCommunicator
+from examples.moe_lm import serving
 
 
 def refuse(comm: JoinedCommunicator, root: Path, plan: DemoPlan, progress_path: str) -> RankReport:
@@ -48,3 +50,29 @@ def _after(calls: int, comm: JoinedCommunicator, act: Callable[[torch.Tensor], o
         return combine(hidden_states)
 
     comm.combine = acting  # type: ignore[method-assign,assignment]
+
+
+class _NearlyRight:
+    """Served experts whose first result is off by a hair on rank 2."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self._served, self._wrong = serving.experts(comm), comm.global_rank == 2
+
+    def __call__(self, layer: int, hidden_states: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        results = self._served(layer, hidden_states, *rest)
+        self._wrong, wrong = False, self._wrong
+        return results * 1.01 if wrong else results
+
+
+def wrong_experts(comm: Communicator) -> _NearlyRight:
+    """A factory of the second act."""
+    return _NearlyRight(comm)
+
+
+def failing_experts(comm: Communicator) -> Callable[..., torch.Tensor]:
+    """A factory whose experts fail."""
+
+    def fail(*_: object) -> torch.Tensor:
+        raise ArithmeticError("no result today")
+
+    return fail

@@ -75,9 +75,13 @@ def test_the_demo_passes_and_leaves_nothing(traces: Traces) -> None:
     assert (done.stderr, done.returncode) == ("", 0)
     lines = done.stdout.splitlines()
     assert lines[-1] == "demo: PASS"
-    assert len([line for line in lines if re.match(r" *\d+/512 tokens +\d+ tokens/s", line)]) > 1
+    progress = [line for line in lines if re.match(r" *\d+/512 tokens +\d+ tokens/s", line)]
+    assert len([line for line in progress if "rank " in line]) > 1
+    assert len([line for line in progress if "router " in line]) > 1
+    assert len([line for line in lines if "8 of 8 the same" in line]) == 2
     for words in (
-        "8 of 8 the same",
+        "act 1",
+        "act 2",
         "largest difference ",
         "tolerance ",
         "floor ",
@@ -128,8 +132,14 @@ def end_by_sigterm(terminal: Terminal) -> None:
 
 @pytest.mark.parametrize(
     ("moment", "end"),
-    [("starting", end_by_keyboard), ("tokens/s", end_by_keyboard), ("tokens/s", end_by_sigterm)],
-    ids=["ctrl-c-at-the-start", "ctrl-c-in-the-middle", "sigterm-in-the-middle"],
+    [
+        ("starting", end_by_keyboard),
+        ("tokens/s", end_by_keyboard),
+        ("tokens/s", end_by_sigterm),
+        ("serving ranks", end_by_keyboard),
+        ("router 1 ", end_by_keyboard),
+    ],
+    ids=["at-the-start", "in-act-1", "in-act-1-by-sigterm", "between-the-acts", "in-act-2"],
 )
 def test_the_demo_ends_at_once_and_leaves_nothing(traces: Traces, moment: str, end: Callable[[Terminal], None]) -> None:
     terminal = Terminal(traces)
@@ -157,5 +167,22 @@ def test_the_demo_ends_at_once_and_leaves_nothing(traces: Traces, moment: str, e
 def test_the_demo_fails_where_it_must(work: Callable[..., RankReport], words: str) -> None:
     out = io.StringIO()
     assert run_demo(DemoPlan(num_steps=6, exchange_timeout_s=5.0), work=work, console=Console(file=out, width=120)) == 1
+    assert words in out.getvalue()
+    assert out.getvalue().splitlines()[-1] == "demo: FAIL"
+
+
+@pytest.mark.parametrize(
+    ("experts", "words"),
+    [
+        (demo_works.wrong_experts, "a logit differs by"),
+        (demo_works.failing_experts, "ArithmeticError: no result today"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_the_demo_fails_where_served_experts_do(experts: Callable[..., object], words: str) -> None:
+    out = io.StringIO()
+    factory = f"{experts.__module__}:{experts.__name__}"
+    plan = DemoPlan(num_steps=3, exchange_timeout_s=5.0, served_experts=factory)
+    assert run_demo(plan, console=Console(file=out, width=120)) == 1
     assert words in out.getvalue()
     assert out.getvalue().splitlines()[-1] == "demo: FAIL"

@@ -16,12 +16,13 @@ pytest.importorskip("safetensors")
 from rich.console import Console  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from epmesh import InvalidRequest, NodeInfo, View, linear_placement  # noqa: E402
+from epmesh import InvalidRequest, NodeInfo, RankInfo, RankMode, View, linear_placement  # noqa: E402
 from epmesh_server.cli.demo import run  # noqa: E402
 from epmesh_server.cli.demo.plan import DemoPlan, find_checkout  # noqa: E402
 from epmesh_server.cli.demo.progress import Progress, ProgressReceiver, ProgressSender, parse  # noqa: E402
 from epmesh_server.cli.demo.rank_work import NeededBytes, RankReport  # noqa: E402
 from epmesh_server.cli.demo.reference import generate_reference  # noqa: E402
+from epmesh_server.cli.demo.router_work import RouterReport  # noqa: E402
 from epmesh_server.cli.demo.screen import Screen, one_line  # noqa: E402
 from epmesh_server.cli.demo.verdict import (  # noqa: E402
     Latency,
@@ -30,6 +31,7 @@ from epmesh_server.cli.demo.verdict import (  # noqa: E402
     compare,
     longest_chain,
     summarise,
+    summarise_routed,
 )
 from examples import moe_lm  # noqa: E402
 from examples.moe_lm.model import Routing  # noqa: E402
@@ -237,7 +239,7 @@ def test_a_run_without_mistakes_passes_with_its_figures() -> None:
     assert summary.passed
     assert (summary.bytes_sent, summary.floor_bytes, summary.num_tokens) == (480, 400, 12)
     assert (summary.tokens_per_s, summary.reference_tokens_per_s) == (1.2, 6.0)
-    assert summary.dispatch == Latency(2.0, 2.0, 24)
+    assert dict(summary.latencies)["dispatch, a layer"] == Latency(2.0, 2.0, 24)
     assert summary.agreement.largest_difference == 0.0
     assert "4 ranks on 2 nodes, each with 1 of the 4 experts" in summary.proven
 
@@ -296,6 +298,64 @@ def test_a_run_that_did_not_go_as_it_says_fails(change: dict[str, object], words
     assert words in failure
 
 
+def make_view(**modes: RankMode) -> View:
+    """Two nodes with two ranks each; all serve, and hold an expert each."""
+    ranks = [RankInfo(rank, 1, "cpu", modes.get(f"rank{rank}", RankMode.SERVE), "", "tcp://h:1") for rank in range(4)]
+    nodes = tuple(NodeInfo(slot, f"n{slot}", 1, "", tuple(ranks[2 * slot : 2 * slot + 2])) for slot in range(2))
+    return View("m", 1, 1, 2, nodes, placements={None: linear_placement(4, [0, 1, 2, 3])})
+
+
+def make_routed_reports(reference: Reference) -> list[RouterReport]:
+    """Of two routers that made two texts each, and no mistake."""
+    return [
+        RouterReport(
+            router=router,
+            prompts=range(2 * router, 2 * router + 2),
+            held=((),) * SHAPE.num_layers,
+            tokens=reference.tokens[2 * router : 2 * router + 2].clone(),
+            logits=reference.logits[2 * router : 2 * router + 2].clone(),
+            forward_s=(0.003,) * (STEPS * SHAPE.num_layers),
+            bytes_moved=210,
+            floor_bytes=200,
+            needed_bytes=200,
+            started_at=10.0,
+            ended_at=20.0,
+        )
+        for router in range(2)
+    ]
+
+
+def test_routers_without_mistakes_pass_with_their_figures() -> None:
+    summary = summarise_routed(make_routed_reports(make_reference()), make_view(), make_reference(), SHAPE)
+    assert summary.passed
+    assert (summary.bytes_sent, summary.floor_bytes, summary.num_tokens) == (420, 400, 12)
+    assert summary.latencies == (("forward, a layer", Latency(3.0, 3.0, 12)),)
+    assert "4 ranks that 2 nodes host" in summary.proven
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"held": ((), (3,))}, "router 0 loaded experts"),
+        ({"forward_s": (0.1,)}, "router 0 made 1 forwards, not 6"),
+        ({"bytes_moved": 100}, "310 bytes went to the nodes and back; the rows need 400"),
+        ({"floor_bytes": 199}, "count a floor of 399"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_routers_that_did_not_do_as_it_says_fail(change: dict[str, object], words: str) -> None:
+    first, second = make_routed_reports(make_reference())
+    changed = [replace(first, **change), second]  # type: ignore[arg-type]
+    (failure,) = summarise_routed(changed, make_view(), make_reference(), SHAPE).failures
+    assert words in failure
+
+
+def test_experts_that_no_rank_serves_fail_the_second_act() -> None:
+    view = make_view(rank2=RankMode.EXCHANGE)
+    (failure,) = summarise_routed(make_routed_reports(make_reference()), view, make_reference(), SHAPE).failures
+    assert failure == "serving ranks hold experts [0, 1, 3], not each of 4 once"
+
+
 def test_only_logits_of_tokens_are_compared() -> None:
     reference = make_reference()
     reference.tokens[1, 2] = -1  # that text has ended
@@ -306,10 +366,13 @@ def test_needed_bytes_are_a_row_there_and_a_sum_back_for_each_other_node() -> No
     placement = linear_placement(6, [0, 1, 2])  # two experts a rank
     nodes = tuple(NodeInfo(slot, f"n{slot}", 1, "") for slot in range(3))
     view = View("m", epoch=1, membership_epoch=1, stride=1, nodes=nodes, placements={None: placement})
-    needed = NeededBytes(view, rank=1)
+    needed = NeededBytes(view, home=1)
     ids = torch.tensor([[2, 3], [0, 1], [0, 5], [4, 3]])  # at home; one other node; two; one
     needed.add(torch.zeros(4, 7), torch.zeros(4, 2), ids)
     assert needed.num_bytes == 4 * (2 * 7 * 4 + 2 * 4 + 2 * 8)
+    routed = NeededBytes(view, home=None)
+    routed.add(torch.zeros(4, 7), torch.zeros(4, 2), ids)
+    assert routed.num_bytes == 6 * (2 * 7 * 4 + 2 * 4 + 2 * 8)
 
 
 def test_latency_without_calls_is_zero() -> None:
@@ -335,7 +398,7 @@ def decode(tokens: object) -> str:
 def test_plain_progress_is_a_line_now_and_then() -> None:
     screen, out = shown(PLAN)
     progress = Progress(len(PLAN.prompts))
-    with screen.generating(decode) as show:
+    with screen.generating(decode, owner) as show:
         for step in range(1, PLAN.num_steps + 1):
             progress.update({prompt: list(range(step)) for prompt in range(len(PLAN.prompts))}, now=float(step))
             show(progress)
@@ -345,12 +408,16 @@ def test_plain_progress_is_a_line_now_and_then() -> None:
     assert all(len(line) <= 80 for line in lines)
 
 
+def owner(prompt: int) -> str:
+    return f"rank {prompt // 2}"
+
+
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (30, 10), (200, 60)])
 def test_the_live_display_fits_the_terminal(width: int, height: int) -> None:
     screen, out = shown(PLAN, terminal=True, width=width, height=height)
     progress = Progress(len(PLAN.prompts))
     progress.update({prompt: list(range(200)) for prompt in range(len(PLAN.prompts))}, now=1.0)
-    with screen.generating(decode) as show:
+    with screen.generating(decode, owner) as show:
         show(progress)
         frame = out.getvalue()
     assert frame.count("\n") < height

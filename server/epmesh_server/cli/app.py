@@ -367,7 +367,7 @@ def status(
 
 @app.command()
 def demo() -> None:
-    """Run a real mixture-of-experts model over two nodes with two ranks each; ends with demo: PASS or demo: FAIL."""
+    """Run a real mixture-of-experts model over two nodes, by ranks and by routers; ends with demo: PASS or FAIL."""
     from epmesh_server.cli.demo import run_demo
 
     raise SystemExit(run_demo())

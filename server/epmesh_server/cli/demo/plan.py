@@ -33,7 +33,9 @@ class DemoPlan:
         temperature: of the sampling; each prompt draws from a generator seeded with `first_seed` plus its number, so
             that the text does not depend on which rank it is made on. With the defaults no choice of a token or of an
             expert is a near tie that rounding could decide; a test holds that.
-        exchange_timeout_s: how long a rank waits for another one.
+        num_routers: of the second act, each with a part of the prompts.
+        served_experts: the factory of what its ranks serve.
+        exchange_timeout_s: how long a rank waits for another one, and a router for its sums.
     """
 
     nodes: int = 2
@@ -42,6 +44,8 @@ class DemoPlan:
     num_steps: int = 64
     temperature: float = 0.6
     first_seed: int = 24
+    num_routers: int = 2
+    served_experts: str = "examples.moe_lm.serving:experts"
     exchange_timeout_s: float = 15.0
 
     def __post_init__(self) -> None:
@@ -60,7 +64,14 @@ class DemoPlan:
 
     def share(self, rank: int) -> range:
         """Numbers of the prompts that `rank` continues."""
-        start, stop = (position * len(self.prompts) // self.world_size for position in (rank, rank + 1))
+        return self._part(rank, self.world_size)
+
+    def router_share(self, router: int) -> range:
+        """Numbers of the prompts that `router` continues in the second act."""
+        return self._part(router, self.num_routers)
+
+    def _part(self, index: int, count: int) -> range:
+        start, stop = (position * len(self.prompts) // count for position in (index, index + 1))
         return range(start, stop)
 
     def seeds(self, prompts: range) -> range:

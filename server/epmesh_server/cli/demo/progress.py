@@ -1,13 +1,14 @@
 """How far the ranks are: small JSON datagrams over a unix socket in a directory of this user's alone.
 
 A datagram holds all that its rank has generated, so one that is lost costs nothing: the next one says it too. A rank
-never waits for the display.
+never waits for the display. Routers are threads of the display's own process, and `LocalProgress` is both ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import queue
 import select
 import socket
 import tempfile
@@ -71,6 +72,26 @@ class ProgressReceiver:
                 progress = parse(self._socket.recv(_MAX_BYTES))
                 if progress is not None:
                     found.append(progress)
+        return found
+
+
+class LocalProgress:
+    """Both ends, for threads of one process."""
+
+    def __init__(self) -> None:
+        self._sent: queue.SimpleQueue[dict[int, list[int]]] = queue.SimpleQueue()
+
+    def send(self, tokens: dict[int, list[int]]) -> None:
+        """Says what was generated so far: token ids by number of the prompt."""
+        self._sent.put(tokens)
+
+    def receive(self, timeout_s: float) -> list[dict[int, list[int]]]:
+        """What came in, waiting up to `timeout_s` for the first."""
+        found = []
+        with contextlib.suppress(queue.Empty):
+            found.append(self._sent.get(timeout=timeout_s))
+            while True:
+                found.append(self._sent.get_nowait())
         return found
 
 

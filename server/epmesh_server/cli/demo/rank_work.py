@@ -48,18 +48,19 @@ class RankReport:
 
 
 class NeededBytes:
-    """Counts what the rows of one rank must cost between nodes at least, from the placement alone.
+    """Counts what rows must cost between nodes at least, from the placement alone.
 
     That is, for each row and each other node that holds one of its experts: the row, its weights and ids once there,
     and one sum back.
     """
 
-    def __init__(self, view: View, rank: int) -> None:
+    def __init__(self, view: View, home: int | None) -> None:
+        """For rows that come from the node in slot `home`; `None`: from none."""
         placement = view.placements[None]
         self._slots = torch.empty(placement.num_experts, dtype=torch.int64)
         for holder, experts in placement.experts_of.items():
             self._slots[list(experts)] = view.slot_of(holder)
-        self._others = [node.slot for node in view.nodes if node.slot != view.slot_of(rank)]
+        self._others = [node.slot for node in view.nodes if node.slot != home]
         self.num_bytes = 0
 
     def add(self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
@@ -97,7 +98,7 @@ def generate_share(comm: JoinedCommunicator, root: Path, plan: DemoPlan, progres
     """
     moe_lm = import_model(root)
     mine = comm.view.placements[None].experts_of[comm.global_rank]
-    needed = NeededBytes(comm.view, comm.global_rank)
+    needed = NeededBytes(comm.view, comm.view.slot_of(comm.global_rank))
     model = moe_lm.load(expert_ids=mine, backend=CountedExperts(moe_lm.MeshExperts(comm), needed))
     tokenizer, prompts = moe_lm.load_tokenizer(), plan.share(comm.global_rank)
     sender = ProgressSender(progress_path)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from epmesh_server.cli.demo.verdict import Latency, Summary
 
 Decode = Callable[[Sequence[int]], str]
+Owner = Callable[[int], str]
+"""Who continues a prompt: "rank 2", "router 0"."""
 Show = Callable[[Progress], None]
 
 _PLAIN_WIDTH = 120
@@ -31,7 +33,7 @@ _PLAIN_LINES = 8  # progress lines of a whole run
 _PLAIN_TAIL = 60  # characters of text in one
 _AROUND = 5  # lines of the live display that are no text
 _BAR_WIDTH = 32
-_LABEL_WIDTH = 8
+_LABEL_WIDTH = 9
 
 
 def make_console() -> Console:
@@ -57,8 +59,12 @@ class Screen:
             self._console.print(f"{text} ...")
             yield
 
-    def mesh(self, view: View) -> None:
-        """Says who is in the mesh, and which experts each rank holds."""
+    def act(self, title: str) -> None:
+        """Says which act begins."""
+        self._console.rule(Text(title, "bold"), align="left", characters="-")
+
+    def mesh(self, view: View, what: str) -> None:
+        """Says who is in the mesh, which experts each rank holds, and `what` comes now."""
         table = Table.grid(padding=(0, 2))
         placement = view.placement(None)
         for node in view.nodes:
@@ -68,40 +74,39 @@ class Screen:
             ]
             table.add_row(Text(f"node {node.slot}", "bold"), Text(node.address, "dim"), *cells)
         self._console.print(table)
-        share = len(self._plan.share(0))
-        self._console.print(
-            Text(f"each rank continues {share} prompts, its tokens go where their experts are\n", "dim")
-        )
+        self._console.print(Text(f"{what}\n", "dim"))
 
     @contextlib.contextmanager
-    def generating(self, decode: Decode) -> Iterator[Show]:
-        """Shows text and speed while the ranks generate; the yielded function takes the newest progress."""
+    def generating(self, decode: Decode, owner: Owner) -> Iterator[Show]:
+        """Shows text and speed while somebody generates; the yielded function takes the newest progress."""
         if not self._console.is_interactive:
-            yield _PlainProgress(self._console, self._plan, decode).show
+            yield _PlainProgress(self._console, self._plan, decode, owner).show
             return
-        display = _LiveProgress(self._plan, decode)
+        display = _LiveProgress(self._plan, decode, owner)
         with Live(console=self._console, transient=True, auto_refresh=False, vertical_overflow="crop") as live:
             yield lambda progress: live.update(display.frame(progress, self._console), refresh=True)
 
-    def texts(self, texts: Sequence[str]) -> None:
+    def texts(self, texts: Sequence[str], owner: Owner) -> None:
         """Prints what was generated after each prompt, whole."""
         table = Table.grid(padding=(0, 1))
         table.add_column(width=_LABEL_WIDTH)
         for index, text in enumerate(texts):
-            table.add_row(_label(self._plan, index), _entry(self._plan.prompts[index], text))
+            table.add_row(Text(owner(index), "dim"), _entry(self._plan.prompts[index], text))
         self._console.print(table)
 
-    def summary(self, summary: Summary) -> None:
-        """Prints the figures, what they show, and the verdict."""
-        self._console.print(_figures(summary, self._plan))
-        for note in _notes(summary, self._plan):
+    def summary(self, *acts: Summary) -> None:
+        """Prints the figures of every act, what they show, and the verdict."""
+        for number, act in enumerate(acts, 1):
+            self._console.print(_figures(act, f"act {number}" if len(acts) > 1 else ""))
+        for note in _notes(acts[0], self._plan):
             self._console.print(Text(note, "dim"))
         self._console.print()
-        if summary.passed:
-            self._console.print(Text.assemble(("Proven: ", "bold"), summary.proven))
-        for failure in summary.failures:
+        for act in acts:
+            if act.passed:
+                self._console.print(Text.assemble(("Proven: ", "bold"), act.proven))
+        for failure in (failure for act in acts for failure in act.failures):
             self._console.print(Text.assemble(("Not as it must be: ", "bold red"), failure))
-        self._verdict(summary.passed)
+        self._verdict(all(act.passed for act in acts))
 
     def failed(self, *reasons: str) -> None:
         """Says why there is no result, a line each."""
@@ -122,8 +127,8 @@ def one_line(text: str) -> str:
 class _PlainProgress:
     """A line now and then: how far, how fast, and the end of one text."""
 
-    def __init__(self, console: Console, plan: DemoPlan, decode: Decode) -> None:
-        self._console, self._plan, self._decode = console, plan, decode
+    def __init__(self, console: Console, plan: DemoPlan, decode: Decode, owner: Owner) -> None:
+        self._console, self._plan, self._decode, self._owner = console, plan, decode, owner
         self._shown = 0
 
     def show(self, progress: Progress) -> None:
@@ -137,7 +142,7 @@ class _PlainProgress:
         width = len(str(self._plan.num_tokens))
         self._console.print(
             f"{progress.num_tokens:{width}}/{self._plan.num_tokens} tokens  {_rate(progress)}"
-            f"  {_label(self._plan, index)}: ..{tail}",
+            f"  {self._owner(index)}: ..{tail}",
             overflow="ellipsis",
             no_wrap=True,
         )
@@ -146,8 +151,8 @@ class _PlainProgress:
 class _LiveProgress:
     """All texts as they grow, as much of each as fits, over a bar."""
 
-    def __init__(self, plan: DemoPlan, decode: Decode) -> None:
-        self._plan, self._decode = plan, decode
+    def __init__(self, plan: DemoPlan, decode: Decode, owner: Owner) -> None:
+        self._plan, self._decode, self._owner = plan, decode, owner
 
     def frame(self, progress: Progress, console: Console) -> RenderableType:
         """The display for the console's present size."""
@@ -158,7 +163,7 @@ class _LiveProgress:
         for index, tokens in enumerate(progress.tokens):
             # Lines break at words: about one in ten of their characters stays empty.
             entry = _shortened(self._plan.prompts[index], self._decode(tokens), width * lines * 9 // 10)
-            table.add_row(_label(self._plan, index), entry)
+            table.add_row(Text(self._owner(index), "dim"), entry)
         bar = Table.grid(padding=(0, 2))
         total = self._plan.num_tokens
         bar.add_row(
@@ -180,29 +185,25 @@ def _shortened(prompt: str, text: str, budget: int) -> Text:
     return Text(f"... {line[-(budget - 4) :].lstrip()}")
 
 
-def _label(plan: DemoPlan, prompt: int) -> Text:
-    return Text(f"rank {next(rank for rank in range(plan.world_size) if prompt in plan.share(rank))}", "dim")
-
-
 def _rate(progress: Progress) -> str:
     return f"{progress.tokens_per_s:5.0f} tokens/s"
 
 
-def _figures(summary: Summary, plan: DemoPlan) -> Table:
+def _figures(summary: Summary, title: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "mesh", "beside it"):
+    for name in (title, "mesh", "beside it"):
         table.add_column(name, overflow="fold")
-    for name, measured, beside in (*_cost_rows(summary, plan), *_agreement_rows(summary)):
+    for name, measured, beside in (*_cost_rows(summary), *_agreement_rows(summary)):
         table.add_row(name, Text(measured, "bold"), beside)
     return table
 
 
-def _cost_rows(summary: Summary, plan: DemoPlan) -> Iterator[tuple[str, str, str]]:
-    calls = f"{summary.dispatch.num_calls:,} calls: {plan.world_size} ranks, each layer of each step"
-    yield "dispatch, a layer", _latency(summary.dispatch), calls
-    yield "combine, a layer", _latency(summary.combine), "waiting for the slowest rank included"
+def _cost_rows(summary: Summary) -> Iterator[tuple[str, str, str]]:
+    for name, latency in summary.latencies:
+        calls = f"{latency.num_calls:,} calls: {summary.callers}, each layer of each step"
+        yield name, _latency(latency), calls
     ratio = summary.bytes_sent / summary.floor_bytes if summary.floor_bytes else math.nan
-    yield "bytes between nodes", f"{summary.bytes_sent:,}", f"floor {summary.floor_bytes:,}, ratio {ratio:.3f} (1)"
+    yield summary.bytes_name, f"{summary.bytes_sent:,}", f"floor {summary.floor_bytes:,}, ratio {ratio:.3f} (1)"
     beside = f"{summary.reference_tokens_per_s:,.0f} in one process on one core"
     yield "tokens/s", f"{summary.tokens_per_s:,.0f}", beside
 
@@ -222,9 +223,10 @@ def _latency(latency: Latency) -> str:
 def _notes(summary: Summary, plan: DemoPlan) -> Iterator[str]:
     rows = math.ceil(len(plan.prompts) / plan.world_size)
     yield (
-        "(1) Handed to the sockets by dispatch and combine, on all ranks, headers included; they weigh, as a rank has"
-        f" {rows} rows in most steps. Floor: each row, its weights and ids once to each other node that holds one of"
-        " its experts, and one sum back, counted from what the router chose."
+        "(1) In act 1 what dispatch and combine hand to the sockets between nodes, on all ranks, headers included; they"
+        f" weigh, as a rank has {rows} rows in most steps. In act 2 tensors to and from all nodes, as a router is on"
+        " none; with each id goes a byte that says which rank it is for. Floor: each row, its weights and ids once to"
+        " each node that holds one of its experts, and one sum back, counted from what the model's router chose."
     )
     yield (
         f"(2) sqrt({summary.num_roundings:,} operations behind a logit) x 2^-23, fp32's step, x"

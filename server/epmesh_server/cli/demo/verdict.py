@@ -1,4 +1,4 @@
-"""What the run showed: the figures, and whether the ranks computed what one process computes. No I/O."""
+"""What each act showed: the figures, and whether it computed what one process computes. No I/O."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from epmesh.view import RankMode, View
 from epmesh_server.cli.demo.rank_work import RankReport
+from epmesh_server.cli.demo.router_work import RouterReport
 
 _MS_PER_S = 1e3
 
@@ -112,17 +114,20 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is shown at the end.
+    """What is shown of one act at the end.
 
     Attributes:
-        bytes_sent, floor_bytes: between nodes, all ranks together: handed to the sockets, and least possible (see
-            `NeededBytes`).
+        latencies: of each kind of call that a layer makes, by name.
+        callers: who made the calls.
+        bytes_name: which bytes were counted.
+        bytes_sent, floor_bytes: to nodes and back, of all callers together, and least possible (see `NeededBytes`).
         tokens_per_s, reference_tokens_per_s: generated tokens per second, over the mesh and in one process.
         failures: what was to be shown and was not; empty where all was.
     """
 
-    dispatch: Latency
-    combine: Latency
+    latencies: tuple[tuple[str, Latency], ...]
+    callers: str
+    bytes_name: str
     bytes_sent: int
     floor_bytes: int
     num_tokens: int
@@ -169,17 +174,71 @@ def compare(tokens: torch.Tensor, logits: torch.Tensor, reference: Reference) ->
 
 
 def summarise(reports: Sequence[RankReport], reference: Reference, shape: ModelShape) -> Summary:
-    """The figures of a run and its verdict; `reports` of all ranks, the prompts shared out in rank order."""
+    """The first act: `reports` of all ranks, the prompts shared out in rank order."""
+    agreement = _compared(reports, reference)
+    return _summary(
+        reports,
+        reference,
+        shape,
+        agreement,
+        latencies=(
+            ("dispatch, a layer", Latency.of(duration for report in reports for duration in report.dispatch_s)),
+            ("combine, a layer", Latency.of(duration for report in reports for duration in report.combine_s)),
+        ),
+        callers=f"{len(reports)} ranks",
+        bytes_name="bytes between nodes",
+        bytes_sent=sum(report.bytes_sent for report in reports),
+        proven=_proven(reports, shape, agreement),
+        course=_wrong_course(reports, shape, reference.tokens.shape[1]),
+    )
+
+
+def summarise_routed(reports: Sequence[RouterReport], view: View, reference: Reference, shape: ModelShape) -> Summary:
+    """The second act: `reports` of all routers, the prompts shared out in their order; `view` of who served."""
+    agreement = _compared(reports, reference)
+    return _summary(
+        reports,
+        reference,
+        shape,
+        agreement,
+        latencies=(("forward, a layer", Latency.of(duration for report in reports for duration in report.forward_s)),),
+        callers=f"{len(reports)} routers",
+        bytes_name="bytes to nodes and back",
+        bytes_sent=sum(report.bytes_moved for report in reports),
+        proven=_proven_routed(reports, view, shape, agreement),
+        course=_wrong_routed_course(reports, view, shape, reference.tokens.shape[1]),
+    )
+
+
+_Reports = Sequence[RankReport] | Sequence[RouterReport]
+
+
+def _compared(reports: _Reports, reference: Reference) -> Agreement:
     tokens = torch.cat([report.tokens for report in reports])
-    agreement = compare(tokens, torch.cat([report.logits for report in reports]), reference)
+    return compare(tokens, torch.cat([report.logits for report in reports]), reference)
+
+
+def _summary(
+    reports: _Reports,
+    reference: Reference,
+    shape: ModelShape,
+    agreement: Agreement,
+    *,
+    latencies: tuple[tuple[str, Latency], ...],
+    callers: str,
+    bytes_name: str,
+    bytes_sent: int,
+    proven: str,
+    course: list[str],
+) -> Summary:
     tolerance = Tolerance(longest_chain(shape, reference.length), agreement.largest_logit)
     elapsed_s = max(r.ended_at for r in reports) - min(r.started_at for r in reports)
-    num_tokens = int((tokens >= 0).sum())
-    failures = [*_wrong_results(agreement, tolerance.value), *_wrong_course(reports, shape, reference.tokens.shape[1])]
+    num_tokens = sum(int((report.tokens >= 0).sum()) for report in reports)
     return Summary(
-        dispatch=Latency.of(duration for report in reports for duration in report.dispatch_s),
-        combine=Latency.of(duration for report in reports for duration in report.combine_s),
-        bytes_sent=sum(report.bytes_sent for report in reports),
+        latencies=latencies,
+        callers=callers,
+        bytes_name=bytes_name,
+        bytes_sent=bytes_sent,
         floor_bytes=sum(report.needed_bytes for report in reports),
         num_tokens=num_tokens,
         tokens_per_s=num_tokens / elapsed_s,
@@ -187,8 +246,8 @@ def summarise(reports: Sequence[RankReport], reference: Reference, shape: ModelS
         agreement=agreement,
         tolerance=tolerance.value,
         num_roundings=tolerance.num_roundings,
-        proven=_proven(reports, shape, agreement),
-        failures=tuple(failures),
+        proven=proven,
+        failures=(*_wrong_results(agreement, tolerance.value), *course),
     )
 
 
@@ -199,6 +258,18 @@ def _proven(reports: Sequence[RankReport], shape: ModelShape, agreement: Agreeme
         f" {shape.num_experts} experts of every layer and no others, generated the same {agreement.num_texts} texts as"
         f" one process that holds all {shape.num_experts}, from the same logits up to fp32 rounding."
     )
+
+
+def _proven_routed(reports: Sequence[RouterReport], view: View, shape: ModelShape, agreement: Agreement) -> str:
+    return (
+        f"{len(reports)} routers, which are no ranks, hold no expert and know nothing of each other, generated the same"
+        f" {agreement.num_texts} texts with the {shape.num_experts} experts of every layer on {len(_serving(view))}"
+        f" ranks that {len(view.nodes)} nodes host."
+    )
+
+
+def _serving(view: View) -> list[int]:
+    return [info.rank for info in view.ranks.values() if info.mode is RankMode.SERVE]
 
 
 def _wrong_results(agreement: Agreement, tolerance: float) -> list[str]:
@@ -234,4 +305,29 @@ def _wrong_course(reports: Sequence[RankReport], shape: ModelShape, num_steps: i
         wrong.append(f"{sent:,} bytes went between the nodes; the rows need {needed:,}")
     if floor != needed:
         wrong.append(f"the communicator counts a floor of {floor:,} bytes between nodes; the rows need {needed:,}")
+    return wrong
+
+
+def _wrong_routed_course(reports: Sequence[RouterReport], view: View, shape: ModelShape, num_steps: int) -> list[str]:
+    """Whether it came about as it says: experts on serving ranks alone, a forward per layer and step, rows to nodes."""
+    wrong = []
+    placement = view.placement(None)
+    held = (
+        sorted(expert for rank in _serving(view) for expert in placement.experts_of.get(rank, ())) if placement else []
+    )
+    if held != list(range(shape.num_experts)):
+        wrong.append(f"serving ranks hold experts {held}, not each of {shape.num_experts} once")
+    expected = num_steps * shape.num_layers
+    for report in reports:
+        if any(report.held):
+            wrong.append(f"router {report.router} loaded experts {report.held}")
+        if len(report.forward_s) != expected:
+            wrong.append(f"router {report.router} made {len(report.forward_s)} forwards, not {expected}")
+    moved, floor, needed = (
+        sum(getattr(report, name) for report in reports) for name in ("bytes_moved", "floor_bytes", "needed_bytes")
+    )
+    if not moved >= needed > 0:
+        wrong.append(f"{moved:,} bytes went to the nodes and back; the rows need {needed:,}")
+    if floor != needed:
+        wrong.append(f"the routers count a floor of {floor:,} bytes; the rows need {needed:,}")
     return wrong
