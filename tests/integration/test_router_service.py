@@ -17,7 +17,8 @@ from epmesh.testing import LocalMesh
 from epmesh.v1 import router_service_pb2 as wire
 from epmesh.v1 import router_service_pb2_grpc
 from epmesh.view import View
-from epmesh_server.node.router_service import CHUNK_BYTES, DEFAULT_BUDGET_BYTES, ByteBudget, Turns
+from epmesh_server.node.call_budget import CallBudget
+from epmesh_server.node.router_service import CHUNK_BYTES, DEFAULT_BUDGET_BYTES, Turns
 from epmesh_server.ranks.tensors import as_bytes, dtype_from_name, dtype_name, from_bytes
 from tests.integration import serve_works
 from tests.integration.serve_works import reference, some_rows, wait_serving
@@ -88,7 +89,7 @@ def test_sums_come_back_however_the_bytes_are_cut(served: Served, num_rows: int,
 def test_tensors_beyond_the_budget_are_refused_before_their_bytes_are_sent(served: Served) -> None:
     first = header(served.view, [])
     first.tensors.append(tensor_meta("uint8", (DEFAULT_BUDGET_BYTES + 1, 1)))
-    with pytest.raises(InvalidRequest, match=f"at most {DEFAULT_BUDGET_BYTES} fit"):
+    with pytest.raises(InvalidRequest, match=f"at most {DEFAULT_BUDGET_BYTES} are taken"):
         forward(served, iter([first]))
 
 
@@ -140,7 +141,7 @@ def test_a_stream_without_a_message_or_with_an_open_end_is_refused(served: Serve
 
 
 def test_a_budget_refuses_what_never_fits_for_good_and_what_does_not_fit_now_for_a_while() -> None:
-    budget = ByteBudget(100)
+    budget = CallBudget(100)
     with pytest.raises(InvalidRequest), budget.holding(101):
         pass
     with budget.holding(60):

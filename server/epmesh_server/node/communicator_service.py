@@ -18,10 +18,10 @@ from epmesh.front import FrontPeer
 from epmesh.grpc_errors import abort
 from epmesh.v1 import communicator_service_pb2 as wire
 from epmesh.v1 import front_pb2
+from epmesh_server.node.call_budget import CallBudget
 from epmesh_server.node.drivers import Driver, Drivers, lost
 from epmesh_server.node.front_caller import FrontCaller
 from epmesh_server.node.registration import Enrolment
-from epmesh_server.node.router_service import ByteBudget
 from epmesh_server.node.rpc import seconds_left
 
 _LEAST_CALL_S, _MAX_CALL_S = 0.001, 3600.0
@@ -50,7 +50,7 @@ class CommunicatorService:
         self._descriptor_socket = descriptor_socket
         self._enrolment = enrolment
         self._caller = caller
-        self._budget = ByteBudget(budget_bytes)
+        self._budget = CallBudget(budget_bytes)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Has `server` serve it."""

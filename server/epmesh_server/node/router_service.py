@@ -11,13 +11,14 @@ from typing import Any
 
 import grpc
 
-from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, Overloaded, StaleEpoch
-from epmesh.frames import MAX_TENSORS, num_bytes
+from epmesh.communicator_methods import Assembly
+from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, StaleEpoch
 from epmesh.front import FrontReply
 from epmesh.grpc_errors import abort
 from epmesh.v1 import front_pb2, router_service_pb2_grpc
 from epmesh.v1 import router_service_pb2 as wire
 from epmesh.view import RankMode, View
+from epmesh_server.node.call_budget import CallBudget
 from epmesh_server.node.front_caller import FrontCaller, front_peer
 from epmesh_server.node.rpc import seconds_left
 from epmesh_server.node.views import ViewBoard
@@ -25,34 +26,7 @@ from epmesh_server.node.views import ViewBoard
 CHUNK_BYTES = 2 << 20
 DEFAULT_BUDGET_BYTES = 1 << 30
 MAX_CALL_S = 60.0
-_RETRY_AFTER_S = 0.05
 _Context = grpc.aio.ServicerContext[Any, Any]
-
-
-class ByteBudget:
-    """Bytes that calls may hold at once. Used on one event loop."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.held = 0
-
-    @contextmanager
-    def holding(self, size: int) -> Iterator[None]:
-        """Holds `size` bytes inside the block.
-
-        Raises:
-            InvalidRequest: so many never fit.
-            Overloaded: they do not fit now.
-        """
-        if size > self.most:
-            raise InvalidRequest(f"tensors of {size} bytes; at most {self.most} fit, send fewer rows at once")
-        if self.held + size > self.most:
-            raise Overloaded(_RETRY_AFTER_S, f"calls hold {self.held} bytes; {size} more do not fit into {self.most}")
-        self.held += size
-        try:
-            yield
-        finally:
-            self.held -= size
 
 
 class Turns:
@@ -81,7 +55,7 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
     """RouterService of one node."""
 
     def __init__(
-        self, board: ViewBoard, slot: Callable[[], int | None], caller: FrontCaller, budget: ByteBudget | None = None
+        self, board: ViewBoard, slot: Callable[[], int | None], caller: FrontCaller, budget: CallBudget | None = None
     ) -> None:
         """See the class.
 
@@ -91,7 +65,7 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
         self._board = board
         self._slot = slot
         self._caller = caller
-        self._budget = budget or ByteBudget(DEFAULT_BUDGET_BYTES)
+        self._budget = budget or CallBudget(DEFAULT_BUDGET_BYTES)
         self._turns = Turns()
 
     # Not a generator: one that is suspended in a `yield` would hear late that its caller is gone.
@@ -111,12 +85,13 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
         first = await anext(requests, None)
         if first is None:
             raise InvalidRequest("ForwardRows needs a message that says what the rows are")
-        if len(first.tensors) > MAX_TENSORS:
-            raise InvalidRequest(f"{len(first.tensors)} tensors; at most {MAX_TENSORS} can travel together")
-        sizes = [num_bytes(meta) for meta in first.tensors]
+        assembly = Assembly(first.tensors, self._budget.most)
         view, ranks = self._serving(first)
-        with self._budget.holding(sum(sizes)), self._turns.turn(ranks, sum(sizes)) as rank:
-            tensors = await _gathered(first, requests, sizes)
+        with self._budget.holding(assembly.num_bytes), self._turns.turn(ranks, assembly.num_bytes) as rank:
+            assembly.add(first.data)
+            async for request in requests:
+                assembly.add(request.data)
+            tensors = assembly.tensors()
             peer = front_peer(view, rank)
             assert peer is not None
             left_s = seconds_left(context, MAX_CALL_S)
@@ -153,33 +128,6 @@ def _front_request(first: wire.ForwardRowsRequest) -> front_pb2.FrontRequest:
     if first.HasField("layer"):
         rows.layer = first.layer
     return front_pb2.FrontRequest(serve_rows=rows, tensors=first.tensors)
-
-
-async def _gathered(
-    first: wire.ForwardRowsRequest, requests: AsyncIterator[wire.ForwardRowsRequest], sizes: Sequence[int]
-) -> list[memoryview]:
-    """The tensors, once all their bytes are here.
-
-    Raises:
-        InvalidRequest: there are fewer or more.
-    """
-    total = sum(sizes)
-    buffer = memoryview(bytearray(total))
-    end = _put(buffer, 0, first.data)
-    async for request in requests:
-        end = _put(buffer, end, request.data)
-    if end < total:
-        raise InvalidRequest(f"the tensors are {total} bytes; {end} came")
-    ends = list(itertools.accumulate(sizes))
-    return [buffer[stop - size : stop] for stop, size in zip(ends, sizes, strict=True)]
-
-
-def _put(buffer: memoryview, start: int, data: bytes) -> int:
-    end = start + len(data)
-    if end > len(buffer):
-        raise InvalidRequest(f"the tensors are {len(buffer)} bytes; more came")
-    buffer[start:end] = data
-    return end
 
 
 async def _send(reply: FrontReply, context: _Context) -> None:
