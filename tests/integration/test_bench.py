@@ -7,6 +7,7 @@ import json
 import pytest
 
 from epmesh_server.cli.bench import BenchPlan, run_bench
+from epmesh_server.cli.bench_ways import TRANSPORTS, bench_attach, bench_routers
 
 
 def test_a_run_checks_both_ways_against_each_other_and_stays_close_to_the_floor(
@@ -21,3 +22,23 @@ def test_a_run_checks_both_ways_against_each_other_and_stays_close_to_the_floor(
     printed = json.loads(capsys.readouterr().out)
     assert printed["plan"]["hidden"] == 256
     assert len(printed["rows"]) == 2
+
+
+SMALL = BenchPlan(nodes=2, ranks=1, tokens=(0, 5), hidden=16, topk=2, experts=8, warmups=1, runs=2)
+
+
+def test_routers_are_timed_beside_a_bare_round_trip(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = bench_routers(SMALL, as_json=True)
+    assert [row["tokens"] for row in rows] == [0, 5]
+    for row in rows:
+        assert row["zmq / bare"] == pytest.approx(row["forward by zmq"] / row["bare round trip"])
+        assert row["forward by grpc"] > 0
+    assert json.loads(capsys.readouterr().out)["rows"] == rows
+
+
+def test_attached_ranks_are_timed_beside_joined_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = bench_attach(SMALL)
+    for row in rows:
+        assert row["shm / join"] == pytest.approx(row["shm"] / row["join"])
+        assert all(row[name] > 0 for name in TRANSPORTS)
+    assert "shm / join" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,14 @@ app = typer.Typer(
 )
 
 LevelOption = Annotated[LogLevel, typer.Option(envvar="EPMESH_LOG_LEVEL", help="Least severe lines on stderr.")]
+
+
+class BenchOf(enum.Enum):
+    """What `epmesh bench` times."""
+
+    EXCHANGE = "exchange"
+    ROUTER = "router"
+    ATTACH = "attach"
 
 
 def main() -> None:
@@ -381,15 +390,23 @@ def bench(
     hidden: Annotated[int, typer.Option(help="Elements of a row.")] = 1024,
     topk: Annotated[int, typer.Option(help="Experts a token.")] = 8,
     experts: Annotated[int, typer.Option(help="Logical experts.")] = 64,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32; of the exchange alone.")] = "bfloat16",
     runs: Annotated[int, typer.Option(help="Calls that count.")] = 30,
+    of: Annotated[BenchOf, typer.Option(help="What is timed.")] = BenchOf.EXCHANGE,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Time dispatch and combine beside all-gather/reduce-scatter over Gloo, in one run on this machine."""
+    """Time this machine, each way beside another one in the same run.
+
+    exchange: dispatch and combine of joined ranks, beside all-gather/reduce-scatter over Gloo. router: a router's
+    forward, beside a bare round trip of the same bytes. attach: dispatch + combine of attached ranks, beside joined.
+    """
     from epmesh_server.cli.bench import BenchPlan, run_bench
+    from epmesh_server.cli.bench_ways import bench_attach, bench_routers
 
     plan = BenchPlan(nodes, ranks, tuple(tokens or BenchPlan.tokens), hidden, topk, experts, dtype, runs=runs)
-    run_bench(plan, as_json=as_json)
+    {BenchOf.EXCHANGE: run_bench, BenchOf.ROUTER: bench_routers, BenchOf.ATTACH: bench_attach}[of](
+        plan, as_json=as_json
+    )
 
 
 def parse_size(text: str) -> int:
