@@ -120,7 +120,8 @@ def _in_turn(plan: BenchPlan, calls: dict[str, Callable[[], object]]) -> Row:
 
 
 def _slowest(of_ranks: Sequence[Sequence[float]]) -> float:
-    return 1e3 * statistics.median([max(run) for run in zip(*of_ranks, strict=True)])
+    slowest: list[float] = [max(run) for run in zip(*of_ranks, strict=True)]
+    return 1e3 * statistics.median(slowest)
 
 
 class _Echo:
