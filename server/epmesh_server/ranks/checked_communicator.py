@@ -62,6 +62,9 @@ class GroupMessages(Protocol):
     def recv(self, shape: Sequence[int], dtype: torch.dtype, src: int) -> torch.Tensor:
         """The next message of `src`, which must have this shape and dtype."""
 
+    def announce(self, tensor: torch.Tensor, src: int) -> Callable[[], None]:
+        """What waits for a message of `src` and puts it into `tensor`; a send that waits may do so before."""
+
 
 class CheckedCommunicator(Communicator):
     """One group on one rank. One thread at a time may be inside it.
@@ -176,15 +179,19 @@ class CheckedCommunicator(Communicator):
 
     def batch_isend_irecv(self, p2p_ops: list[Any]) -> list[Any]:
         planned = [args.check_p2p_op(op, self.ranks) for op in p2p_ops]
-        works: list[Any] = []
-        for is_send, tensor, peer in planned:
-            if is_send:
-                self.send(tensor, peer)
-            works.append(_Work(None if is_send else functools.partial(self._recv_into, tensor, peer)))
-        return works
+        with self._turn():
+            # Receives are announced first: where both sides have more to send than may wait unread, they make room.
+            receives = [
+                None if is_send else self._point_to_point.announce(tensor, peer) for is_send, tensor, peer in planned
+            ]
+            for is_send, tensor, peer in planned:
+                if is_send:
+                    self._point_to_point.send(tensor, peer)
+        return [_Work(None if receive is None else functools.partial(self._receive, receive)) for receive in receives]
 
-    def _recv_into(self, tensor: torch.Tensor, peer: int) -> None:
-        tensor.copy_(self.recv(tensor.shape, tensor.dtype, peer))
+    def _receive(self, receive: Callable[[], None]) -> None:
+        with self._turn():
+            receive()
 
     # The exchange ----------------------------------------------------------------------------------------------
 

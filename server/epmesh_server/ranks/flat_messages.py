@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,14 @@ class FlatMessages:
             works.append(member.mail.send(data, dst))
         self._sent[dst] += 1
         self._unread[dst].append(_Sent(self._sent[dst], data.size, works))
+
+    def announce(self, tensor: torch.Tensor, src: int) -> Callable[[], None]:
+        """What receives the next message of `src` into `tensor` when it is called, and not before."""
+
+        def receive() -> None:
+            tensor.copy_(self.recv(tensor.shape, tensor.dtype, src))
+
+        return receive
 
     def recv(self, shape: Sequence[int], dtype: torch.dtype, src: int) -> torch.Tensor:
         """Receives the next message of `src`.
