@@ -159,7 +159,7 @@ def test_rows_whose_router_gave_up_are_not_computed(tmp_path: Path) -> None:
 def test_a_late_rank_is_named_before_its_router_gives_up_and_the_next_request_is_answered(tmp_path: Path) -> None:
     with held(tmp_path) as node:
         for rank in (1, 1):
-            late = node.ask(rows_of(0), rank, timeout_s=0.6)
+            late = node.ask(rows_of(0), rank, timeout_s=1.5)
             with pytest.raises(DeadlineExceeded) as caught:
                 late.reply.result(20)
             assert caught.value.rank == 1

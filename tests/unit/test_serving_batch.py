@@ -81,7 +81,7 @@ def test_a_full_batch_another_key_or_arrival_during_a_computation_ends_the_wait(
     with_another.put(Waiting("b"), 0.0004)
     assert len(with_another.take(0.0004)) == 5
     after_a_batch = busy()
-    after_a_batch.computed(1, 0.1, 0.0004)
+    after_a_batch.computed(0.1, 0.0004)
     assert len(after_a_batch.take(0.0004)) == 5
 
 
@@ -95,15 +95,31 @@ def test_cancelled_and_expired_shares_are_passed_over_and_told_of() -> None:
 
 
 def test_bytes_beyond_the_budget_are_refused_with_how_long_the_rest_may_take() -> None:
-    queue = queue_of(Waiting(num_rows=100, num_bytes=80), max_queued_bytes=100)
+    queue = queue_of(Waiting(num_rows=100, num_bytes=79), Waiting("b"), max_queued_bytes=100, max_batch_rows=40)
     with pytest.raises(Overloaded) as guess:
         queue.put(Waiting(num_bytes=21), 0.0)
-    queue.computed(1000, 2.0, 0.0)
+    queue.computed(0.05, 0.0)
     with pytest.raises(Overloaded) as measured:
         queue.put(Waiting(num_bytes=21), 0.0)
     queue.put(Waiting(num_bytes=20), 0.0)
     assert guess.value.retry_after_s > 0
     assert measured.value.retry_after_s == pytest.approx(0.2)
+
+
+def test_rows_that_would_wait_for_longer_than_they_have_are_refused_at_once() -> None:
+    queue = queue_of(Waiting(num_rows=100), max_batch_rows=40)
+    queue.put(Waiting(deadline=0.01), 0.0)  # nothing is known of how long batches take
+    queue.computed(0.05, 0.0)
+    with pytest.raises(Overloaded, match=r"would wait 0\.150 s here, and have 0\.100 s left"):
+        queue.put(Waiting(deadline=0.1), 0.0)
+    queue.put(Waiting(deadline=0.2), 0.0)
+
+
+def test_an_empty_queue_takes_everything_however_long_batches_took() -> None:
+    queue = queue_of()
+    queue.computed(30.0, 0.0)  # the first may have compiled something
+    queue.put(Waiting(deadline=0.1), 0.0)
+    assert len(queue.take(0.0)) == 1
 
 
 def test_what_waits_can_be_taken_out_in_the_order_it_came_in() -> None:
@@ -159,7 +175,7 @@ def test_whatever_comes_every_share_leaves_once_in_order_and_within_bounds(steps
             assert batch == [share for share in accepted if share in batch]
             assert not set(map(id, batch)) & set(map(id, left))
             left.extend(batch)
-            queue.computed(sum(share.num_rows for share in batch), 0.01, now)
+            queue.computed(0.01 * len(batch), now)
         elif oldest is not None:
             wait_s = queue.wait_s(now)
             assert wait_s is not None
@@ -170,7 +186,8 @@ def test_whatever_comes_every_share_leaves_once_in_order_and_within_bounds(steps
 
     for what, value in steps:
         if what == "put":
-            if queue.queued_bytes + value.num_bytes <= limits.max_queued_bytes:
+            in_time = not 0 < value.deadline - now < queue.expected_wait_s()
+            if in_time and queue.queued_bytes + value.num_bytes <= limits.max_queued_bytes:
                 queue.put(value, now)
                 accepted.append(value)
             else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from epmesh.errors import InvalidRequest, Overloaded
@@ -73,6 +73,14 @@ class Share(Protocol):
 _S = TypeVar("_S", bound=Share)
 
 
+@dataclass(eq=False)
+class _Line(Generic[_S]):
+    """Shares of one key: arrival, number, share; and their rows."""
+
+    shares: deque[tuple[float, int, _S]] = field(default_factory=deque)
+    rows: int = 0
+
+
 class BatchQueue(Generic[_S]):
     """Shares that wait for the experts. Times are of one clock, in seconds, and never fall; one thread at a time.
 
@@ -85,22 +93,27 @@ class BatchQueue(Generic[_S]):
         self.queued_rows = self.queued_bytes = 0
         self.dropped: list[_S] = []
         self._limits = limits
-        self._waiting: dict[Hashable, deque[tuple[float, int, _S]]] = {}  # key -> (arrival, number, share)
+        self._waiting: dict[Hashable, _Line[_S]] = {}  # by key; none is empty
         self._arrivals = 0
         self._last_arrival = 0.0
         self._gap_s = float("inf")  # mean time between arrivals
         self._computed_until = float("-inf")
-        self._rows_per_s = 0.0
+        self._batch_s = 0.0  # mean time of a batch; 0 where none was computed yet
 
     def __len__(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        return sum(len(line.shares) for line in self._waiting.values())
 
     def put(self, share: _S, now: float) -> None:
         """Adds a share that arrived at `now`.
 
         Raises:
-            Overloaded: its bytes do not fit; the hint is how long what waits may take.
+            Overloaded: its bytes do not fit, or what waits will likely take longer than its deadline; with a hint.
         """
+        wait_s, left_s = self.expected_wait_s(), share.deadline - now
+        if 0 < left_s < wait_s:
+            raise Overloaded(
+                self.retry_after_s(), f"the rows would wait {wait_s:.3f} s here, and have {left_s:.3f} s left"
+            )
         if self.queued_bytes + share.num_bytes > self._limits.max_queued_bytes:
             raise Overloaded(
                 self.retry_after_s(),
@@ -115,7 +128,9 @@ class BatchQueue(Generic[_S]):
         self._last_arrival = now
         self.queued_rows += share.num_rows
         self.queued_bytes += share.num_bytes
-        self._waiting.setdefault(share.key, deque()).append((now, self._arrivals, share))
+        line = self._waiting.setdefault(share.key, _Line())
+        line.shares.append((now, self._arrivals, share))
+        line.rows += share.num_rows
 
     def take(self, now: float) -> list[_S]:
         """The next batch, all of one key; empty where none is due yet (`wait_s` says when to look again)."""
@@ -123,19 +138,19 @@ class BatchQueue(Generic[_S]):
         oldest = self._oldest()
         if oldest is None or self._due_at(oldest) > now:
             return []
-        waiting = self._waiting[oldest]
+        line = self._waiting[oldest]
         batch: list[_S] = []
         rows = 0
-        while waiting:
-            share = waiting[0][2]
+        while line.shares:
+            share = line.shares[0][2]
             if self._dead(share, now):
-                self._forget(waiting)
+                self.dropped.append(self._pop(line))
                 continue
             if batch and rows + share.num_rows > self._limits.max_batch_rows:
                 break
-            batch.append(self._pop(waiting))
+            batch.append(self._pop(line))
             rows += share.num_rows
-        if not waiting:
+        if not line.shares:
             del self._waiting[oldest]
         return batch
 
@@ -145,51 +160,53 @@ class BatchQueue(Generic[_S]):
         oldest = self._oldest()
         return None if oldest is None else max(0.0, self._due_at(oldest) - now)
 
-    def computed(self, rows: int, seconds: float, now: float) -> None:
+    def computed(self, seconds: float, now: float) -> None:
         """A batch was computed; what arrived meanwhile goes together, at once."""
         self._computed_until = now
-        rate = rows / max(seconds, 1e-9)
-        self._rows_per_s = self._rows_per_s + _SMOOTHING * (rate - self._rows_per_s) if self._rows_per_s else rate
+        self._batch_s = self._batch_s + _SMOOTHING * (seconds - self._batch_s) if self._batch_s else seconds
+
+    def expected_wait_s(self) -> float:
+        """How long what waits may take, by how long batches took lately. 0 where nothing waits, whatever they took."""
+        most = self._limits.max_batch_rows
+        return sum(max(1, -(-line.rows // most)) for line in self._waiting.values()) * self._batch_s
 
     def retry_after_s(self) -> float:
-        """How long what waits may take, by what was computed lately."""
-        if not self._rows_per_s:
-            return _FIRST_RETRY_S
-        return min(max(self.queued_rows / self._rows_per_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
+        """The hint for who is refused."""
+        return (
+            min(max(self.expected_wait_s(), _SHORTEST_RETRY_S), _LONGEST_RETRY_S) if self._batch_s else _FIRST_RETRY_S
+        )
 
     def drain(self) -> list[_S]:
         """Takes out everything that waits, in the order it came in."""
-        everything = sorted((entry for waiting in self._waiting.values() for entry in waiting), key=lambda e: e[1])
+        everything = sorted((each for line in self._waiting.values() for each in line.shares), key=lambda each: each[1])
         self._waiting.clear()
         self.queued_rows = self.queued_bytes = 0
         return [share for _, _, share in everything]
 
     def _oldest(self) -> Hashable | None:
-        return min(self._waiting, key=lambda key: self._waiting[key][0][1], default=None)
+        return min(self._waiting, key=lambda key: self._waiting[key].shares[0][1], default=None)
 
     def _due_at(self, key: Hashable) -> float:
         """When the batch that `key` heads goes, if nothing else comes: at once unless waiting is likely to pay."""
-        arrived = self._waiting[key][0][0]
+        line = self._waiting[key]
+        arrived = line.shares[0][0]
         latest = arrived + self._limits.max_wait_s
         lonely = self._last_arrival + self._gap_s > latest or len(self._waiting) > 1
         if lonely or arrived <= self._computed_until:
             return arrived
-        full = sum(share.num_rows for _, _, share in self._waiting[key]) >= self._limits.max_batch_rows
-        return arrived if full else latest
+        return arrived if line.rows >= self._limits.max_batch_rows else latest
 
     def _skip_dead(self, now: float) -> None:
         """Removes the dead from the heads, so that every head is alive."""
-        for key, waiting in list(self._waiting.items()):
-            while waiting and self._dead(waiting[0][2], now):
-                self._forget(waiting)
-            if not waiting:
+        for key, line in list(self._waiting.items()):
+            while line.shares and self._dead(line.shares[0][2], now):
+                self.dropped.append(self._pop(line))
+            if not line.shares:
                 del self._waiting[key]
 
-    def _forget(self, waiting: deque[tuple[float, int, _S]]) -> None:
-        self.dropped.append(self._pop(waiting))
-
-    def _pop(self, waiting: deque[tuple[float, int, _S]]) -> _S:
-        _, _, share = waiting.popleft()
+    def _pop(self, line: _Line[_S]) -> _S:
+        _, _, share = line.shares.popleft()
+        line.rows -= share.num_rows
         self.queued_rows -= share.num_rows
         self.queued_bytes -= share.num_bytes
         return share

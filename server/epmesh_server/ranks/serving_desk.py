@@ -207,10 +207,8 @@ class Desk:
             self._fail(request, exc)
 
     def _hand_out(self, request: RouterRequest) -> None:
-        """Gives every rank its share; the neighbours first, so that they compute while this rank does."""
+        """Gives every rank its share; this one first, so that nobody works for a request that it refuses."""
         wanted = request.router_rows.wanted
-        for rank in [rank for rank in wanted if rank != self._me]:
-            self._announce(request, rank)
         if self._me in wanted:
             index = request.router_rows.index(self._me)
             rows = request.router_rows.share(self._me, index)
@@ -223,6 +221,9 @@ class Desk:
                     lambda outcome: self._post_own(request, index, outcome),
                 )
             )
+        for rank in wanted:
+            if rank != self._me:
+                self._announce(request, rank)
 
     def _announce(self, request: RouterRequest, rank: int, *, as_frames: bool = False) -> None:
         index = request.router_rows.index(rank)

@@ -127,10 +127,10 @@ class ShareQueue:
                 due_s = self._queue.wait_s(now)
                 self._changed.wait(deadline - now if due_s is None else min(due_s, deadline - now))
 
-    def computed(self, rows: int, seconds: float) -> None:
+    def computed(self, seconds: float) -> None:
         """Says how long a batch took."""
         with self._changed:
-            self._queue.computed(rows, seconds, time.monotonic())
+            self._queue.computed(seconds, time.monotonic())
 
     def wake(self) -> None:
         """Ends a wait in `take` spuriously."""
@@ -193,7 +193,7 @@ class ExpertCalls:
             self._stats.batches += 1
             self._stats.rows += rows
             self._stats.experts_s += took_s
-            self._queue.computed(rows, took_s)
+            self._queue.computed(took_s)
 
     def _checked(self, results: object, rows: int) -> torch.Tensor:
         if not isinstance(results, torch.Tensor) or results.dim() != 2 or len(results) != rows:

@@ -25,7 +25,7 @@ from epmesh_server.ranks.serve_memory import Slab
 from epmesh_server.ranks.serving_rows import RouterRows
 from epmesh_server.ranks.tensors import accumulator, as_rows, dtype_from_name, dtype_name, from_bytes, meta_of, sum_rows
 
-_MARGIN, _LONGEST_MARGIN_S = 0.1, 0.02  # of the time a router gives: so that it hears in time who was late
+_MARGIN, _LONGEST_MARGIN_S = 0.1, 0.1  # of the time a router gives: so that it hears in time who was late
 
 
 @dataclass(eq=False)
