@@ -40,14 +40,14 @@ class Command:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def line(self, pattern: str, count: int = 1) -> str:
+    def line(self, pattern: str, count: int = 1, *, within_s: float = PATIENCE_S) -> str:
         """Waits for the `count`th line that matches."""
 
         def found() -> list[str]:
             return [line for line in self.lines if re.search(pattern, line)]
 
         with self._changed:
-            assert self._changed.wait_for(lambda: len(found()) >= count, PATIENCE_S), "".join(self.lines)
+            assert self._changed.wait_for(lambda: len(found()) >= count, within_s), "".join(self.lines)
             return found()[count - 1]
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> float:

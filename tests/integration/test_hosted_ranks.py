@@ -7,17 +7,15 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import epmesh
-from epmesh.view import View
+from epmesh.view import RankInfo, RankMode, View
 from tests.integration import serve_works
 from tests.integration.commands import Command, Shell, descendants, gone, open_shell
 from tests.integration.serve_works import PlainRouter
@@ -25,6 +23,7 @@ from tests.integration.waiting import PATIENCE_S
 
 EXPERTS = "tests.integration.hosted_experts"
 STOP_BOUND_S = 4 * 2.0
+START_WITHIN_S = 60.0  # torch is imported first
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def shell() -> Iterator[Shell]:
 def serve(shell: Shell, *arguments: str, ranks: int = 2) -> Command:
     """A node service whose hosted ranks are in the mesh."""
     service = shell.start("serve", "--ranks", str(ranks), *arguments)
-    service.line("hosted by process", count=ranks)
+    service.line("hosted by process", count=ranks, within_s=START_WITHIN_S)
     return service
 
 
@@ -46,17 +45,25 @@ def processes(service: Command) -> dict[int, int]:
     return {int(rank): int(pid) for rank, pid in hosted}
 
 
-def ranks_when(shell: Shell, ready: Any) -> list[dict[str, Any]]:
-    """The ranks that `epmesh status` shows, once they are as they should be."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not ready(ranks := [rank for node in shell.status()["nodes"] for rank in node["ranks"]]):
-        assert time.monotonic() < deadline, ranks
-    return ranks
+def ranks_when(shell: Shell, ready: Callable[[dict[int, RankInfo]], bool]) -> dict[int, tuple[int, ...]]:
+    """The ranks of the first view in which they are as they should be, and the experts of each."""
+    with epmesh.connect(shell.address) as mesh:
+        view = mesh.wait_view(lambda view: ready(view.ranks), timeout_s=PATIENCE_S)
+    placement = view.placement(None)
+    return {rank: placement.experts_of.get(rank, ()) if placement else () for rank in view.ranks}
+
+
+def both(ranks: dict[int, RankInfo]) -> bool:
+    return list(ranks) == [0, 1]
+
+
+def exchanging(ranks: dict[int, RankInfo]) -> bool:
+    return both(ranks) and {info.mode for info in ranks.values()} == {RankMode.EXCHANGE}
 
 
 def test_hosted_ranks_join_and_their_lines_are_marked(shell: Shell) -> None:
     service = serve(shell, "--experts", f"{EXPERTS}:plus_id", "--num-experts", "5")
-    first, second = ranks_when(shell, lambda ranks: len(ranks) == 2)
+    first, second = shell.status()["nodes"][0]["ranks"]
     assert [(rank["rank"], rank["mode"], rank["device"]) for rank in (first, second)] == [
         (0, "serve", "cpu"),
         (1, "serve", "cpu"),
@@ -64,26 +71,37 @@ def test_hosted_ranks_join_and_their_lines_are_marked(shell: Shell) -> None:
     assert first["experts"] == [{"layer": None, "experts": [0, 1, 2]}]
     assert service.line(r"local rank 1 \| INFO .*join.complete")
     assert re.fullmatch(r"[-0-9]+ [0-9:.]+ local rank 0 \| INFO .*\n", service.line(r"local rank 0 \|"))
-    status = shell.run("status").output
-    assert "serve" in status
 
 
 def test_without_experts_they_exchange_and_hold_what_they_are_told(shell: Shell) -> None:
     serve(shell, "--num-experts", "4", "--hold", "0-2;1,3")
-    first, second = ranks_when(shell, lambda ranks: len(ranks) == 2)
-    assert (first["mode"], second["mode"]) == ("exchange", "exchange")
-    assert [rank["experts"][0]["experts"] for rank in (first, second)] == [[0, 1, 2], [1, 3]]
+    assert ranks_when(shell, exchanging) == {0: (0, 1, 2), 1: (1, 3)}
 
 
 def test_they_wait_for_those_of_other_nodes(shell: Shell) -> None:
     options = ("--ranks", "1", "--world-size", "2", "--num-experts", "4")
     first = shell.start("serve", *options)
-    first.line("joins at")
+    first.line("joins at", within_s=START_WITHIN_S)
     second = shell.start("serve", "--port", "7410", "--node-id", "b", "--coordinator", shell.coordinator, *options)
     for service in (first, second):
-        service.line("hosted by process")
-    ranks = ranks_when(shell, lambda ranks: len(ranks) == 2)
-    assert [rank["experts"][0]["experts"] for rank in ranks] == [[0, 1], [2, 3]]
+        service.line("hosted by process", within_s=START_WITHIN_S)
+    assert ranks_when(shell, lambda ranks: len(ranks) == 2) == {0: (0, 1), 8: (2, 3)}
+
+
+@pytest.mark.fault
+def test_one_that_was_in_the_mesh_waits_for_nobody_when_it_comes_back(shell: Shell) -> None:
+    options = ("--ranks", "1", "--world-size", "2", "--num-experts", "4")
+    first = shell.start("serve", *options)
+    first.line("joins at", within_s=START_WITHIN_S)
+    second = shell.start("serve", "--port", "7410", "--node-id", "b", "--coordinator", shell.coordinator, *options)
+    first.line("hosted by process", within_s=START_WITHIN_S)
+    second.process.kill()
+    ranks_when(shell, lambda ranks: list(ranks) == [0])
+    os.kill(processes(first)[0], signal.SIGKILL)
+    first.line("hosted by process", count=2, within_s=START_WITHIN_S)
+    with epmesh.connect(shell.address) as mesh:
+        view = mesh.wait_view(lambda view: list(view.ranks) == [0], timeout_s=PATIENCE_S)
+        assert view.placements[None].experts_of == {0: (0, 1), 8: (2, 3)}
 
 
 @pytest.mark.fault
@@ -92,12 +110,11 @@ def test_a_killed_rank_comes_back_into_its_slot(shell: Shell) -> None:
     before = processes(service)
     os.kill(before[1], signal.SIGKILL)
     service.line(r"WARNING .* hosted local rank 1 .* ended with SIGKILL; again in 0\.05 s")
-    service.line("hosted by process", count=3)
+    service.line("hosted by process", count=3, within_s=START_WITHIN_S)
     after = processes(service)
     assert after[0] == before[0]
     assert after[1] != before[1]
-    ranks = ranks_when(shell, lambda ranks: len(ranks) == 2)
-    assert [rank["experts"][0]["experts"] for rank in ranks] == [[0, 1], [2, 3]]
+    assert ranks_when(shell, both) == {0: (0, 1), 1: (2, 3)}
 
 
 @pytest.mark.fault
@@ -107,10 +124,9 @@ def test_a_killed_fork_server_is_replaced_with_all_that_came_from_it(shell: Shel
     (fork_server,) = {parent_of(pid) for pid in before.values()}
     os.kill(fork_server, signal.SIGKILL)
     assert all(map(gone, before.values()))
-    service.line("hosted by process", count=4)
+    service.line("hosted by process", count=4, within_s=START_WITHIN_S)
     assert set(processes(service).values()).isdisjoint(before.values())
-    ranks = ranks_when(shell, lambda ranks: len(ranks) == 2)
-    assert [rank["experts"][0]["experts"] for rank in ranks] == [[0, 1], [2, 3]]
+    assert ranks_when(shell, both) == {0: (0, 1), 1: (2, 3)}
     pids = descendants(service.process.pid)
     assert service.stop() < STOP_BOUND_S
     assert all(map(gone, pids))
@@ -128,17 +144,16 @@ def test_ranks_are_there_again_with_their_experts_when_the_mesh_begins_anew(shel
     before = processes(service)
     coordinator.stop()
     shell.start("coordinator", "--data-dir", str(shell.directory / "state" / "another")).line("coordinator.started")
-    service.line("hosted by process", count=4)
+    service.line("hosted by process", count=4, within_s=START_WITHIN_S)
     assert processes(service) == before
-    ranks = ranks_when(shell, lambda ranks: len(ranks) == 2)
-    assert [rank["experts"][0]["experts"] for rank in ranks] == [[0, 1, 2], [3, 4]]
+    assert ranks_when(shell, both) == {0: (0, 1, 2), 1: (3, 4)}
 
 
 @pytest.mark.fault
 def test_a_rank_that_ends_again_and_again_is_started_ever_less_often(shell: Shell) -> None:
     service = shell.start("serve", "--ranks", "2", "--experts", f"{EXPERTS}:ends_the_process", "--num-experts", "4")
     for wait in (r"0\.05", r"0\.10", r"0\.20"):
-        service.line(rf"hosted local rank 1 .* ended with code 3; again in {wait} s")
+        service.line(rf"hosted local rank 1 .* ended with code 3; again in {wait} s", within_s=START_WITHIN_S)
     assert service.stop() < STOP_BOUND_S
 
 
@@ -148,12 +163,12 @@ def test_a_rank_that_was_stopped_for_too_long_joins_again_in_the_same_process(sh
     service = serve(shell, "--num-experts", "4")
     pid = processes(service)[1]
     os.kill(pid, signal.SIGSTOP)
-    ranks_when(shell, lambda ranks: [rank["rank"] for rank in ranks] == [0])
+    ranks_when(shell, lambda ranks: list(ranks) == [0])
     os.kill(pid, signal.SIGCONT)
     service.line(r"rank 1 \| WARNING .*out of the mesh, joins again")
-    service.line("hosted by process", count=3)
+    service.line("hosted by process", count=3, within_s=START_WITHIN_S)
     assert processes(service)[1] == pid
-    ranks_when(shell, lambda ranks: [rank["rank"] for rank in ranks] == [0, 1])
+    ranks_when(shell, both)
 
 
 def test_drivers_use_them_and_one_that_dies_costs_a_membership_and_no_process(shell: Shell) -> None:
@@ -164,10 +179,9 @@ def test_drivers_use_them_and_one_that_dies_costs_a_membership_and_no_process(sh
     code = f"import epmesh, os; epmesh.attach({shell.address!r}, rank=1, world_size=2); os._exit(0)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)
     service.line(r"rank 1 \| WARNING .*out of the mesh, joins again .*its driver, .* is gone")
-    service.line("hosted by process", count=3)
+    service.line("hosted by process", count=3, within_s=START_WITHIN_S)
     assert processes(service) == before
-    first, second = ranks_when(shell, lambda ranks: len(ranks) == 2)
-    assert [rank["experts"][0]["experts"] for rank in (first, second)] == [[0, 1], [2, 3]]
+    assert ranks_when(shell, both) == {0: (0, 1), 1: (2, 3)}
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(lambda rank: doubled(shell.address, rank), (0, 1))) == [6.0, 6.0]
 
@@ -268,7 +282,7 @@ def test_a_signal_before_the_ranks_are_there_ends_everything(shell: Shell) -> No
 
 def test_ranks_that_wait_for_others_end_at_once(shell: Shell) -> None:
     service = shell.start("serve", "--ranks", "1", "--world-size", "2", "--drain", "60")
-    service.line("session.opened")
+    service.line("session.opened", within_s=START_WITHIN_S)
     pids = descendants(service.process.pid)
     assert service.stop() < STOP_BOUND_S
     assert all(map(gone, pids))

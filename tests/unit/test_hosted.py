@@ -11,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epmesh.errors import InvalidRequest
+from epmesh.placement import Placement
+from epmesh.view import View
 from epmesh_server.cli import serving
 from epmesh_server.cli.serving import address_here
 from epmesh_server.hosted.factory import load_factory
+from epmesh_server.hosted.holdings import entry
 from epmesh_server.hosted.options import HostedRanks, parse_hold
 from epmesh_server.processes.backoff import Backoff
 from tests.unit.test_cli import invoke
@@ -82,6 +85,16 @@ def test_a_rank_that_joins_again_declares_what_it_held_and_waits_for_nobody() ->
     assert first.again(None) == first  # it never got experts: it still waits for the default
     without = HostedRanks(count=2).rank(0, "h:1")
     assert (without.again((0,)).held, without.again(None).world_size) == (None, 1)
+
+
+def test_what_a_rank_held_is_what_the_view_says_of_the_same_model() -> None:
+    view = View("m", 3, 3, 4, (), (), {None: Placement(4, {0: (0, 1), 5: ()})})
+    assert entry(view, 0, 4) == (0, 1)
+    assert entry(view, 5, 4) == ()
+    assert entry(view, 1, 4) is None
+    assert entry(view, 0, 8) is None
+    assert entry(view, 0, None) is None
+    assert entry(View("m", 3, 3, 4), 0, 4) is None
 
 
 @pytest.fixture

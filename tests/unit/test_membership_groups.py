@@ -299,6 +299,24 @@ def test_ranks_that_serve_do_not_count_for_the_linear_default() -> None:
     assert experts_of(mesh) == {1: (0, 1), 2: (2, 3)}
 
 
+def test_whoever_comes_back_with_what_it_held_finds_the_placement_although_all_were_gone() -> None:
+    mesh, a, b = two_nodes()
+    a.ranks, b.ranks = {}, {}
+    set_ranks(mesh, a, rank(0, 5, experts=[explicit(4, (0, 1))]))
+    set_ranks(mesh, b, rank(8, 5, experts=[explicit(4, (2, 3))]))
+    set_ranks(mesh, a)
+    set_ranks(mesh, b)
+    assert mesh.view.ranks == {}
+    set_ranks(mesh, a, rank(0, 6, experts=[explicit(4, (0, 1))]))
+    assert experts_of(mesh) == {0: (0, 1), 8: (2, 3)}
+    set_ranks(mesh, b, rank(8, 6, world_size=2, experts=[linear(4)]))
+    assert experts_of(mesh) == {0: (0, 1), 8: (2, 3)}
+    set_ranks(mesh, a)
+    set_ranks(mesh, b)
+    set_ranks(mesh, a, rank(0, 7, experts=[explicit(4, (0, 2))]))
+    assert experts_of(mesh) == {0: (0, 2)}  # something else: begun anew
+
+
 def serving(number: int, incarnation: int = 1, world_size: int = 2, num_experts: int = 4) -> RankDeclaration:
     return rank(number, incarnation, mode=RankMode.SERVE, world_size=world_size, experts=[linear(num_experts)])
 

@@ -25,6 +25,7 @@ class HostedRank:
         threads: of torch.
         path: where modules are looked for besides.
         log_level: lines to show; `None` leaves logging alone.
+        returning: whether an earlier process of this service was this rank.
     """
 
     address: str
@@ -41,9 +42,10 @@ class HostedRank:
     threads: int = 1
     path: tuple[str, ...] = ()
     log_level: str | None = None
+    returning: bool = False
 
     def again(self, held: tuple[int, ...] | None) -> HostedRank:
-        """For a process whose membership ended, in which it held the experts `held`; `None` where nothing says so.
+        """For a rank that was in the mesh before and held the experts `held`; `None` where nothing says so.
 
         It declares just these and waits for nobody: others may be away for long, and where the whole mesh begins anew,
         all of them together declare what there was.

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from epmesh.errors import EpmeshError, InvalidRequest, Unauthenticated
 from epmesh.view import RankMode
 from epmesh_server.hosted.duties import Drive, Duty, Serve
 from epmesh_server.hosted.factory import load_factory
+from epmesh_server.hosted.holdings import entry, held_in_view
 from epmesh_server.hosted.messages import Joined
 from epmesh_server.hosted.options import HostedRank
 from epmesh_server.processes import pickling
@@ -122,7 +124,7 @@ class HostedProcess:
                 self._enter(duty, comm)
                 duty.run(comm, self._stop.event)
             finally:
-                self._options = self._options.again(_held(comm))
+                self._remember(comm)
                 with contextlib.suppress(EpmeshError):
                     comm.destroy()
         finally:
@@ -132,6 +134,9 @@ class HostedProcess:
         from epmesh_server.ranks.join import RankOptions, become_rank
 
         options = self._options
+        if options.returning:
+            held = held_in_view(options.address, options.local_rank, options.num_experts)
+            options = options.again(held) if held is not None else options
         _log.info("joins at %s, in a view of %d ranks or more", options.address, options.world_size)
         rank = RankOptions(
             address=options.address,
@@ -154,12 +159,11 @@ class HostedProcess:
         self.joined = True
         self._pipe.send_bytes(pickling.dumps(Joined(comm.global_rank, comm.view.epoch)))
 
-
-def _held(comm: JoinedCommunicator) -> tuple[int, ...] | None:
-    """The experts that the newest view has at the rank."""
-    view = comm._rank_process.session.view or comm.view
-    placement = view.placement(None)
-    return placement.experts_of.get(comm.global_rank) if placement is not None else None
+    def _remember(self, comm: JoinedCommunicator) -> None:
+        """What the rank held, for a mesh that has forgotten it."""
+        view = comm._rank_process.session.view or comm.view
+        held = entry(view, comm.global_rank, self._options.num_experts)
+        self._options = replace(self._options.again(held), returning=True)
 
 
 def _show_logs(options: HostedRank, who: str) -> None:

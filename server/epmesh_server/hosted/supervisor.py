@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 from epmesh.errors import EpmeshError, MeshUnavailable
 from epmesh_server.hosted.messages import Joined
@@ -98,7 +99,7 @@ class HostedSupervisor:
         try:
             backoff, was_in = Backoff(), False
             while not self._stopping.is_set():
-                life = await self._live(rank)
+                life = await self._live(replace(rank, returning=was_in))
                 if self._stopping.is_set():
                     return
                 was_in |= life.joined

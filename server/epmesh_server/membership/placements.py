@@ -20,7 +20,8 @@ def compose_placements(
     """The placements after `newcomers` joined.
 
     What a rank declared stays after its death and is replaced when the rank declares again. A layer none of whose
-    holders survived is begun anew by the first who declares it. The linear default is frozen over all ranks at once:
+    holders survived is begun anew by the first who declares it, unless that is just what it held before: then it is one
+    of them that came back. The linear default is frozen over all ranks at once:
     over those that exchange and over those that serve, each for itself, since no row goes from one to the other.
 
     Args:
@@ -32,8 +33,9 @@ def compose_placements(
     placements = dict(base)
     came = list(newcomers)
     declared = _by_layer(came)
-    for layer in declared:
-        if layer in placements and survivors.isdisjoint(placements[layer].experts_of):
+    for layer, declarations in declared.items():
+        known = placements.get(layer)
+        if known is not None and survivors.isdisjoint(known.experts_of) and not _is_repeated(known, declarations):
             del placements[layer]
     for layer, declarations in declared.items():
         explicit = {rank: entry for rank, entry in declarations.items() if not entry.linear}
@@ -64,6 +66,14 @@ def _merged(known: Placement | None, explicit: Mapping[int, ExpertDeclaration]) 
         if entry.num_experts == num_experts:
             entries[rank] = entry.experts
     return Placement(num_experts, entries)
+
+
+def _is_repeated(known: Placement, declarations: Mapping[int, ExpertDeclaration]) -> bool:
+    """Whether somebody declares explicitly what `known` has at its number."""
+    return any(
+        not entry.linear and (entry.num_experts, entry.experts) == (known.num_experts, known.experts_of.get(rank))
+        for rank, entry in declarations.items()
+    )
 
 
 def _with_linear(
