@@ -10,7 +10,7 @@ import pytest
 import zmq
 
 from epmesh.v1 import frame_pb2
-from epmesh_server.ranks import links
+from epmesh_server.ranks import link_watcher, links
 from epmesh_server.ranks.link_window import REPORT_EVERY, SendWindow
 from epmesh_server.ranks.links import Inbox, LinkHub
 from tests.proxy import Mode, Proxy
@@ -66,7 +66,9 @@ class Line:
 
 
 @pytest.fixture
-def line() -> Iterator[Line]:
+def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
+    # A busy test machine is late to make a connection anew.
+    monkeypatch.setattr(link_watcher, "RECONNECT_GRACE_S", 4 * link_watcher.RECONNECT_GRACE_S)
     made = Line()
     yield made
     made.sender.close(0)

@@ -225,6 +225,7 @@ class _Session:
             heart.cancel()
             self._stop_finishing()
             call.cancel()
+            self._outgoing.put_nowait(None)  # or grpc's task that waits for the next report is destroyed as it waits
 
     async def leave(self) -> None:
         """Ends this side of the stream: the node leaves in good order. Returns when the coordinator heard of it."""
