@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import time
@@ -45,19 +46,25 @@ class RankOptions:
 
     def __post_init__(self) -> None:
         split_address(self.address, "the node service's address")
-        if self.world_size < 1:
-            raise InvalidRequest(f"world_size is {self.world_size}; it must be 1 or more")
         if _device_type(self.device) != "cpu":
             raise InvalidRequest(f"device {self.device}: this version exchanges CPU tensors only; use device='cpu'")
-        if self.tensor_parallel_size < 1:
-            raise InvalidRequest(f"tensor_parallel_size is {self.tensor_parallel_size}; it must be 1 or more")
+        self._check_numbers()
         limits = self.exchange_timeout_s, self.timeout_s
-        if min(limits) <= 0:
+        if not all(math.isfinite(limit) and limit > 0 for limit in limits):
             raise InvalidRequest(f"exchange_timeout_s={limits[0]}, timeout_s={limits[1]}; both must be above 0")
         if self.experts is not None and self.num_experts is None:
             raise InvalidRequest("experts were given without num_experts")
-        if self.num_experts is not None and self.num_experts < 1:
-            raise InvalidRequest(f"num_experts is {self.num_experts}; it must be 1 or more")
+        for expert in self.experts or ():
+            if not 0 <= expert < (self.num_experts or 0):
+                raise InvalidRequest(f"experts has {expert}; ids are 0 to {(self.num_experts or 0) - 1}")
+
+    def _check_numbers(self) -> None:
+        """All of them go into messages as unsigned numbers of 32 bits."""
+        least = {"world_size": 1, "local_rank": 0, "num_experts": 1, "layer": 0, "tensor_parallel_size": 1}
+        for name, low in (*least.items(), ("max_tokens_per_rank", 1)):
+            value = getattr(self, name)
+            if value is not None and not low <= value < 1 << 31:
+                raise InvalidRequest(f"{name} is {value}; it must be {low} or more, and below 2**31")
 
     def declaration(
         self, incarnation: int, link_endpoint: str, front_endpoint: str

@@ -160,14 +160,15 @@ class LocalMesh:
         atexit.unregister(self.close)
         with self._lock:
             ranks = [*self._driver_children.values(), *self._rank_children.values()]
-            children = [self._coordinator] if self._coordinator else []
-            children += [*self._node_children.values(), *ranks]
+            services = [*([self._coordinator] if self._coordinator else []), *self._node_children.values()]
             self._rank_children, self._driver_children = {}, {}
             self._node_children, self._coordinator = {}, None
         if self._hosted:
+            for child in services:
+                child.terminate()  # first: that the ranks are gone is no news to services that end
             for child in ranks:
                 child.kill()  # there is nobody left whom they should answer
-        end_all(children, _GRACE_S)
+        end_all([*services, *ranks], _GRACE_S)
         self._worker.close()
         for port in self._ports:
             port.close()
