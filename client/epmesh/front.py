@@ -199,7 +199,8 @@ class _Core:
         request.request_id, request.deadline_ms = number, max(1, int(timeout_s * 1000))
         pending = _Pending(number, peer, future, time.monotonic() + timeout_s)
         pending.frames = [request.SerializeToString(), *tensors]
-        future.add_done_callback(lambda done: self._cancel(pending) if done.cancelled() else None)
+        # By number: a callback that held `pending` would keep future and answer until the next garbage collection.
+        future.add_done_callback(lambda done: self._cancel(peer, number) if done.cancelled() else None)
         self._do(lambda: self._send(pending))
         return future
 
@@ -234,9 +235,9 @@ class _Core:
                 self._thread = threading.Thread(target=self._run, name="epmesh-front-client", daemon=True)
                 self._thread.start()
 
-    def _cancel(self, pending: _Pending) -> None:
+    def _cancel(self, peer: FrontPeer, number: int) -> None:
         with contextlib.suppress(MeshUnavailable):
-            self._do(lambda: self._give_up(pending))
+            self._do(lambda: self._give_up(peer, number))
 
     # The thread ------------------------------------------------------------------------------------------------
 
@@ -256,7 +257,8 @@ class _Core:
             self._drop(connection, "", MeshUnavailable("this client was closed"))
         while not self._commands.empty():  # requests that were queued before the end
             self._commands.get_nowait()()
-        self._release()
+        with self._lock:  # `close` has written to the descriptor by then
+            self._release()
 
     def _timeout_ms(self) -> int | None:
         soonest = [self._deadlines[0][0]] if self._deadlines else []
@@ -319,16 +321,16 @@ class _Core:
             with contextlib.suppress(InvalidStateError):
                 pending.future.set_result(reply)
 
-    def _give_up(self, pending: _Pending) -> None:
+    def _give_up(self, peer: FrontPeer, number: int) -> None:
         """Forgets a request and tells its rank, if it was sent."""
-        connection = self._connections.get(pending.peer)
-        if connection is None or connection.pending.pop(pending.number, None) is None:
+        connection = self._connections.get(peer)
+        if connection is None or connection.pending.pop(number, None) is None:
             return
-        cancel = front_pb2.CancelRequest(request_id=pending.number)
+        cancel = front_pb2.CancelRequest(request_id=number)
         request = front_pb2.FrontRequest(
             mesh_id=self._mesh_id,
-            rank=pending.peer.rank,
-            incarnation=pending.peer.incarnation,
+            rank=peer.rank,
+            incarnation=peer.incarnation,
             request_id=next(self._numbers),
             deadline_ms=1000,
             cancel=cancel,
@@ -338,7 +340,7 @@ class _Core:
     def _expire(self, now: float) -> None:
         while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][2].future.done()):
             _, _, pending = heapq.heappop(self._deadlines)
-            self._give_up(pending)
+            self._give_up(pending.peer, pending.number)
             rank = pending.peer.rank
             _fail(pending.future, DeadlineExceeded(rank, 0, f"rank {rank} did not answer in time"))
         for connection in list(self._connections.values()):

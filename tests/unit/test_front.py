@@ -7,6 +7,7 @@ import queue
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from epmesh.frames import tensor_meta
 from epmesh.front import FrontClient, FrontPeer
 from epmesh.v1 import front_pb2
 from epmesh_server.ranks.front import Front, Incoming
+from tests.processes import eventually
 
 MESH, RANK, INCARNATION = "mesh-1", 3, 7
 
@@ -72,6 +74,28 @@ def test_answers_may_come_from_any_thread_and_in_any_order(front: Front, client:
     assert [bytes(future.result(5).tensors[0]) for future in futures] == [bytes([n]) for n in range(20)]
     for thread in threads:
         thread.join()
+
+
+@pytest.mark.parametrize("ending", ["answer", "error", "cancel"])
+def test_a_request_that_ended_is_let_go_at_once(front: Front, client: FrontClient, ending: str) -> None:
+    waiting: queue.Queue[Incoming] = queue.Queue()
+    front.handle(waiting.put)
+    gc.disable()
+    try:
+        future = client.call(peer(front), rows(b"a" * 500), [b"a" * 500], timeout_s=5)
+        incoming = waiting.get(timeout=5)
+        if ending == "cancel":
+            future.cancel()
+        incoming.answer(front_pb2.FrontResponse()) if ending != "error" else incoming.refuse(NotReady("no"))
+        if ending != "cancel":
+            future.exception(5)
+        ended = weakref.ref(future)
+        del future
+        client.call(peer(front), rows(), timeout_s=5)  # the thread has gone on when this one is there
+        waiting.get(timeout=5)
+        assert eventually(lambda: ended() is None)
+    finally:
+        gc.enable()
 
 
 def test_errors_come_back_typed_whoever_raises_them(front: Front, client: FrontClient) -> None:
