@@ -196,6 +196,8 @@ class Forward:
         """
         if view.mesh_id != self._mesh_id:  # its epochs have nothing to do with those before
             self._mesh_id, self.after_epoch = view.mesh_id, 0
+        if not self._calls:
+            return []
         alive = {identity(info) for info in view.ranks.values()}
         gone = [number for number, call in self._calls.items() if identity(call.entry) not in alive]
         for number in gone:

@@ -11,6 +11,7 @@ import math
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ class RouterCore:
         start = random.randrange(1 << 16) if first_turn is None else first_turn  # routers must not go in step
         self._turns = itertools.count(start)
         self.routes = Routes(View("", 0, 0, 1))
-        self._forget = mesh.on_view(self._follow)
+        self._forget = mesh.on_view(partial(_tell, weakref.ref(self)))
         self._follow(mesh.view)
 
     # Views -----------------------------------------------------------------------------------------------------
@@ -318,14 +319,21 @@ class Run:
         call, now = event.call, time.monotonic()
         _, sent_at = self._sent.pop(call.number, (None, now))
         try:
-            sums = self._core.transport().sums(call, event.future)
+            # Asked for, not raised: a traceback would keep the run, and its rows, until the next garbage collection.
+            error = event.future.exception()
+            if error is None:
+                sums = self._core.transport().sums(call, event.future)
         except CancelledError:
             return
         except EpmeshError as exc:
-            self._forward.fail(call.number, exc, now)
-            if isinstance(exc, PeerLost):
-                self._core.shun(lost_ranks(call, exc), now)
+            error = exc
+        if isinstance(error, EpmeshError):
+            self._forward.fail(call.number, error, now)
+            if isinstance(error, PeerLost):
+                self._core.shun(lost_ranks(call, error), now)
             return
+        if error is not None:
+            raise error
         self._forward.succeed(call.number, sums)
         self._core.stats.answered(call.part.node.slot, now - sent_at)
         sent = len(call.part.rows) * self._forward.tokens.row_bytes
@@ -349,10 +357,13 @@ class Run:
             if self._over:
                 return
             self._over = True
-        for future, _ in self._sent.values():
+            sent, self._sent = self._sent, {}  # nothing may refer back to the run: its rows would stay for a while
+            claim, self._claim = self._claim, None
+        for future, _ in sent.values():
             future.cancel()
-        if self._claim is not None:
-            self._core.budget.release(self._claim)
+        if claim is not None:
+            self._core.budget.release(claim)
+        self._forward.failure = None
         rows = 0 if self._failed else len(self._forward.tokens.hidden)
         self._core.stats.add(calls=1, failed=int(self._failed), rows=rows, retries=self._forward.retries)
 
@@ -450,6 +461,13 @@ def check_timeout(value: Any, name: str) -> None:
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not good or not 0 < value <= MAX_TIMEOUT_S:
         raise InvalidRequest(f"{name} is {value!r}; it must be above 0 and at most {MAX_TIMEOUT_S:g} seconds")
+
+
+def _tell(core: weakref.ref[RouterCore], view: View) -> None:
+    """Tells a router of a view; the mesh must not keep one that nobody has any more."""
+    found = core()
+    if found is not None:
+        found._follow(view)
 
 
 def closed_error() -> MeshUnavailable:

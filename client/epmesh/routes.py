@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +85,10 @@ class Routes:
             InvalidRequest: there are placements but none for `layer`, or an id is out of range.
             ExpertUnavailable: an id's expert has no serving rank.
         """
+        if layer not in self.view.placements:
+            if None not in self.view.placements:
+                raise self._no_placement(layer)
+            layer = None
         routing = self._routing(layer)
         if not self._infos and (topk_ids >= 0).any():
             raise ExpertUnavailable(map(int, np.unique(topk_ids[topk_ids >= 0])))
@@ -102,7 +107,7 @@ class Routes:
             found = self._replicas[layer] = Replicas(routing, self._topology)
         return found.choose(ids, turn)
 
-    @property
+    @cached_property
     def _identities(self) -> frozenset[Identity]:
         return frozenset(map(identity, self._infos))
 
@@ -120,11 +125,8 @@ class Routes:
     def _routing(self, layer: int | None) -> Routing:
         found = self._routings.get(layer)
         if found is None:
-            placement = self.view.placement(layer)
-            if placement is None:
-                raise self._no_placement(layer)
             reach = make_reach(self._topology, self.view.stride)
-            found = self._routings[layer] = make_routing(placement, self._topology, reach)
+            found = self._routings[layer] = make_routing(self.view.placements[layer], self._topology, reach)
         return found
 
     def _no_placement(self, layer: int | None) -> NotReady | InvalidRequest:

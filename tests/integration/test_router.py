@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -126,14 +127,20 @@ def test_rows_of_many_megabytes_go_in_one_forward(served: Served) -> None:
 
 
 @pytest.mark.parametrize("transport", ["zmq", "grpc"])
-def test_a_closed_router_leaves_no_thread_and_no_descriptor(mesh: LocalMesh, transport: str) -> None:
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_a_router_that_is_closed_or_dropped_leaves_no_thread_and_no_descriptor(
+    mesh: LocalMesh, transport: str, how: str
+) -> None:
     def use() -> None:
-        with Router(mesh.addresses, transport=transport) as router:
-            router.forward(*some_rows(3, EXPERTS, 2, 1))
+        router = Router(mesh.addresses, transport=transport)
+        router.forward(*some_rows(3, EXPERTS, 2, 1))
+        if how == "closed":
+            router.close()
 
     use()  # what gRPC keeps for the process is there from now on
     threads, descriptors = set(threading.enumerate()), open_descriptors()
     for _ in range(8):
         use()
+    gc.collect()
     assert eventually(lambda: set(threading.enumerate()) <= threads)
     assert eventually(lambda: open_descriptors() <= descriptors + 3)  # gRPC closes its own when it comes to it

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import itertools
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,7 +33,7 @@ from epmesh.errors import (
 )
 from epmesh.forward import NodeCall
 from epmesh.router import AsyncRouter, Router
-from epmesh.router_core import RouterCore, RouterOptions
+from epmesh.router_core import RouterCore, RouterOptions, Run
 from epmesh.view import View
 from tests.unit.router_fakes import FakeMesh, FakeTransport, expected, make_view
 
@@ -392,3 +395,36 @@ def test_a_router_of_a_mesh_in_which_nobody_serves_chooses_later(make_bench: Mak
     with pytest.raises(ExpertUnavailable):
         Router._of(core).forward(*batch())
     core.close()
+
+
+def test_layers_without_a_placement_of_their_own_share_one(make_bench: MakeBench) -> None:
+    bench = make_bench(make_view(1, SPLIT, layers=(None, 2)))
+    for layer in (None, 0, 1, 2, 1 << 31):
+        bench.router.forward(*GOOD, layer=layer)
+    assert {call.layer for call in bench.transport.calls} == {None, 0, 1, 2, 1 << 31}
+    assert set(bench.core.routes._routings) == {None, 2}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rows_are_let_go_at_once_when_a_forward_ends(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    bench = make_bench()
+    if fails:
+        bench.transport.before = lambda call: EpmeshError("experts raised")
+    begun: list[weakref.ref[Run]] = []
+    begin = bench.core.begin
+
+    def remember(*args: Any) -> Run:
+        run = begin(*args)
+        begun.append(weakref.ref(run))
+        return run
+
+    monkeypatch.setattr(bench.core, "begin", remember)
+    gc.disable()
+    try:
+        with contextlib.suppress(EpmeshError):
+            bench.router.forward(*batch())
+        assert [run() for run in begun] == [None]
+    finally:
+        gc.enable()

@@ -19,7 +19,7 @@ from epmesh_server.processes.fork_server import start_fork_server, stop_fork_ser
 from epmesh_server.processes.raised import Raised
 
 _log = logging.getLogger(__name__)
-_PRELOAD = ("epmesh_server.cli.app", "epmesh_server.hosted.rank_main", "epmesh_server.ranks.driven")
+_PRELOAD = ("epmesh_server.cli.app", "epmesh_server.hosted.rank_main")
 _TIDY_UP_S = 2.0  # what leaving the mesh may take besides draining
 _GIVE_UP_S = 0.5  # what ranks may take that are in no mesh yet
 
