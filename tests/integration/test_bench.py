@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from benchmarks import faults
 from epmesh_server.cli.bench import BenchPlan, run_bench
 from epmesh_server.cli.bench_ways import TRANSPORTS, bench_attach, bench_routers
 
@@ -42,3 +43,13 @@ def test_attached_ranks_are_timed_beside_joined_ones(capsys: pytest.CaptureFixtu
         assert row["shm / join"] == pytest.approx(row["shm"] / row["join"])
         assert all(row[name] > 0 for name in TRANSPORTS)
     assert "shm / join" in capsys.readouterr().out
+
+
+def test_faults_are_met_within_four_times_what_is_promised(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = faults.run(faults.Plan(nodes=2, ranks=2, tokens=4, trials=1), as_json=True)
+    assert len(figures) == 10
+    for figure in figures:
+        assert len(figure.measured_s) == 1
+        assert 0 < figure.measured_s[0] < 4 * figure.promised_s, figure.name
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["rank killed: PeerLost"] == figures[0].measured_s
