@@ -110,12 +110,19 @@ def test_rows_that_would_wait_for_longer_than_they_have_are_refused_at_once() ->
     queue = queue_of(Waiting(num_rows=100), max_batch_rows=40)
     queue.put(Waiting(deadline=0.01), 0.0)  # nothing is known of how long batches take
     queue.computed(0.05, 0.0)
-    with pytest.raises(Overloaded, match=r"would wait 0\.150 s here, and have 0\.100 s left"):
+    with pytest.raises(Overloaded, match=r"would take 0\.188 s here, and have 0\.100 s left") as refused:
         queue.put(Waiting(deadline=0.1), 0.0)
-    queue.put(Waiting(deadline=0.2), 0.0)
+    assert refused.value.retry_after_s == pytest.approx(0.0875)
+    queue.put(Waiting(deadline=0.19), 0.0)
+    with pytest.raises(Overloaded):
+        queue.put(Waiting("b", deadline=0.19), 0.0)  # a batch of its own
+    assert len(queue.take(0.0)) == 1
+    with pytest.raises(Overloaded):
+        queue.put(Waiting(deadline=0.12), 0.0)  # after the batch that is computed now
+    queue.put(Waiting(deadline=0.13), 0.0)
 
 
-def test_an_empty_queue_takes_everything_however_long_batches_took() -> None:
+def test_an_idle_rank_takes_everything_however_long_batches_took() -> None:
     queue = queue_of()
     queue.computed(30.0, 0.0)  # the first may have compiled something
     queue.put(Waiting(deadline=0.1), 0.0)
@@ -186,7 +193,7 @@ def test_whatever_comes_every_share_leaves_once_in_order_and_within_bounds(steps
 
     for what, value in steps:
         if what == "put":
-            in_time = not 0 < value.deadline - now < queue.expected_wait_s()
+            in_time = not 0 < value.deadline - now < queue.expected_s(value)
             if in_time and queue.queued_bytes + value.num_bytes <= limits.max_queued_bytes:
                 queue.put(value, now)
                 accepted.append(value)

@@ -7,14 +7,15 @@ none waits for ever; others with its key ride along in the order they came in, u
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from epmesh.errors import InvalidRequest, Overloaded
 
-_SMOOTHING = 0.2  # weight of the newest measurement
+_SMOOTHING, _SMOOTHING_DOWN = 0.2, 0.5  # weight of the newest measurement
 _LONGEST_GAP = 4.0  # times max_wait_s: a long pause must not outweigh the burst that comes after it
+_SLACK = 1.25  # a queue that is filled up to the deadline would have every stall make everything late
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.001, 5.0
 _FIRST_RETRY_S = 0.05  # where nothing was measured yet
 
@@ -98,6 +99,7 @@ class BatchQueue(Generic[_S]):
         self._last_arrival = 0.0
         self._gap_s = float("inf")  # mean time between arrivals
         self._computed_until = float("-inf")
+        self._computing = False
         self._batch_s = 0.0  # mean time of a batch; 0 where none was computed yet
 
     def __len__(self) -> int:
@@ -107,12 +109,13 @@ class BatchQueue(Generic[_S]):
         """Adds a share that arrived at `now`.
 
         Raises:
-            Overloaded: its bytes do not fit, or what waits will likely take longer than its deadline; with a hint.
+            Overloaded: its bytes do not fit, or its results will likely come after its deadline; with a hint.
         """
-        wait_s, left_s = self.expected_wait_s(), share.deadline - now
-        if 0 < left_s < wait_s:
+        needed_s, left_s = self.expected_s(share), share.deadline - now
+        if 0 < left_s < needed_s:
             raise Overloaded(
-                self.retry_after_s(), f"the rows would wait {wait_s:.3f} s here, and have {left_s:.3f} s left"
+                min(max(needed_s - left_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S),
+                f"the rows would take {needed_s:.3f} s here, and have {left_s:.3f} s left",
             )
         if self.queued_bytes + share.num_bytes > self._limits.max_queued_bytes:
             raise Overloaded(
@@ -152,6 +155,7 @@ class BatchQueue(Generic[_S]):
             rows += share.num_rows
         if not line.shares:
             del self._waiting[oldest]
+        self._computing = bool(batch)
         return batch
 
     def wait_s(self, now: float) -> float | None:
@@ -163,18 +167,31 @@ class BatchQueue(Generic[_S]):
     def computed(self, seconds: float, now: float) -> None:
         """A batch was computed; what arrived meanwhile goes together, at once."""
         self._computed_until = now
-        self._batch_s = self._batch_s + _SMOOTHING * (seconds - self._batch_s) if self._batch_s else seconds
+        self._computing = False
+        # Down faster than up: the first batch may have compiled something, and must not keep others away for long.
+        weight = _SMOOTHING if seconds > self._batch_s else _SMOOTHING_DOWN
+        self._batch_s = self._batch_s + weight * (seconds - self._batch_s) if self._batch_s else seconds
 
-    def expected_wait_s(self) -> float:
-        """How long what waits may take, by how long batches took lately. 0 where nothing waits, whatever they took."""
-        most = self._limits.max_batch_rows
-        return sum(max(1, -(-line.rows // most)) for line in self._waiting.values()) * self._batch_s
+    def expected_s(self, share: _S) -> float:
+        """When `share` will likely be computed, in seconds from now, by how long batches took lately.
+
+        0 where nothing waits and nothing is computed, however long they took: so there is always a newer measurement.
+        """
+        if not (self._waiting or self._computing):
+            return 0.0
+        rows = {key: line.rows for key, line in self._waiting.items()}
+        rows[share.key] = rows.get(share.key, 0) + share.num_rows
+        return (self._batches(rows.values()) + self._computing) * self._batch_s * _SLACK
 
     def retry_after_s(self) -> float:
-        """The hint for who is refused."""
-        return (
-            min(max(self.expected_wait_s(), _SHORTEST_RETRY_S), _LONGEST_RETRY_S) if self._batch_s else _FIRST_RETRY_S
-        )
+        """The hint where bytes do not fit: how long what waits may take."""
+        if not self._batch_s:
+            return _FIRST_RETRY_S
+        wait_s = self._batches(line.rows for line in self._waiting.values()) * self._batch_s
+        return min(max(wait_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
+
+    def _batches(self, rows: Iterable[int]) -> int:
+        return sum(max(1, -(-each // self._limits.max_batch_rows)) for each in rows)
 
     def drain(self) -> list[_S]:
         """Takes out everything that waits, in the order it came in."""
