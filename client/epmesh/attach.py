@@ -60,11 +60,11 @@ def _enter(
     chosen = choose_transport(session, transport, max(0.1, deadline - time.monotonic()))
     attached = AttachedRank(session, chosen, timeout_s)
     try:
-        description = attached.wait_ready("ep", max(0.1, deadline - time.monotonic()), world_size).result.description
+        standing = attached.wait_ready("ep", max(0.1, deadline - time.monotonic()), world_size)
     except BaseException:
         chosen.close()
         raise
-    communicator = attached.communicator("ep", description)
+    communicator = attached.communicator("ep", standing)
     _log.info("rank=%d epoch=%d attach.complete: by %s", session.rank, communicator.epoch, chosen.name)
     return communicator
 

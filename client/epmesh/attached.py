@@ -11,6 +11,7 @@ import functools
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from epmesh.attached_arguments import (
@@ -47,6 +48,28 @@ Tensor = Any
 """A NumPy array or a torch tensor on CPU, contiguous or not."""
 
 
+@dataclass(frozen=True)
+class Standing:
+    """Where a rank stands in a group.
+
+    Attributes:
+        completed: after `wait_ready`, the last exchange that every survivor completed.
+    """
+
+    description: front_pb2.RankDescription
+    view: View
+    completed: int
+
+    @classmethod
+    def of(cls, reply: Reply) -> Standing:
+        """What an answer says; releases it."""
+        try:
+            view = View.from_proto(view_pb2.View.FromString(bytes(reply.tensors[0])))
+        finally:
+            reply.close()
+        return cls(reply.result.description, view, reply.result.completed)
+
+
 class AttachedRank:
     """What all communicators of one attached rank share."""
 
@@ -73,29 +96,33 @@ class AttachedRank:
         call = front_pb2.DriverCall(group=group, arguments=arguments)
         if refusal is not None:
             call.refusal.CopyFrom(refusal.to_proto())
-        metas = [meta_of(tensor) for tensor in tensors]
-        return self.transport.call(call, metas, [bytes_of(tensor) for tensor in tensors], limit_s or self.call_limit_s)
+        metas, data = [meta_of(tensor) for tensor in tensors], [bytes_of(tensor) for tensor in tensors]
+        with self.session.calling():
+            return self.transport.call(call, metas, data, limit_s or self.call_limit_s)
 
-    def wait_ready(self, group: str, timeout_s: float | None, world_size: int = 0) -> Reply:
+    def describe(self, group: str) -> Standing:
+        """Where the rank stands in `group`."""
+        arguments = Arguments()
+        arguments.describe_group.SetInParent()
+        return Standing.of(self.call(group, arguments))
+
+    def wait_ready(self, group: str, timeout_s: float | None, world_size: int = 0) -> Standing:
         """Has the rank adopt the newest view, once it has `world_size` ranks."""
         arguments = Arguments()
         arguments.wait_ready.world_size = world_size
         arguments.wait_ready.timeout_s = self.timeout_s if timeout_s is None else float(timeout_s)
-        reply = self.call(group, arguments, limit_s=arguments.wait_ready.timeout_s + _GRACE_S)
-        self.call_limit_s = reply.result.description.call_limit_s
-        return reply
+        standing = Standing.of(self.call(group, arguments, limit_s=arguments.wait_ready.timeout_s + _GRACE_S))
+        self.call_limit_s = standing.description.call_limit_s
+        return standing
 
-    def communicator(self, name: str, description: front_pb2.RankDescription | None = None) -> AttachedCommunicator:
+    def communicator(self, name: str, standing: Standing | None = None) -> AttachedCommunicator:
         """The communicator of a group; the same object every time."""
         with self._lock:
             found = self._communicators.get(name)
         if found is None:
-            if description is None:
-                arguments = Arguments()
-                arguments.describe_group.SetInParent()
-                description = self.call(name, arguments).result.description
+            made = AttachedCommunicator(self, standing or self.describe(name))
             with self._lock:
-                found = self._communicators.setdefault(name, AttachedCommunicator(self, description))
+                found = self._communicators.setdefault(name, made)
         return found
 
     def forget(self, name: str) -> AttachedCommunicator | None:
@@ -147,20 +174,21 @@ class AttachedCommunicator(Communicator):
         transport: how tensors travel: ``shm``, ``zmq`` or ``grpc``.
     """
 
-    def __init__(self, rank: AttachedRank, description: front_pb2.RankDescription) -> None:
+    def __init__(self, rank: AttachedRank, standing: Standing) -> None:
         """Takes the place that the rank says it has."""
         self._rank = rank
         self._busy = threading.Lock()
         self._destroyed = False
         self.transport = rank.transport.name
-        self.unique_name = description.group
-        self.is_ep_communicator = description.group.split(":", maxsplit=1)[0] == "ep"
+        self.unique_name = standing.description.group
+        self.is_ep_communicator = self.unique_name.split(":", maxsplit=1)[0] == "ep"
         self.cpu_group = self.device_group = None
         self.all2all_manager = self
-        self._take_place(description)
+        self._take_place(standing)
 
-    def _take_place(self, description: front_pb2.RankDescription) -> None:
-        self._view = View.from_proto(view_pb2.View.FromString(description.view))
+    def _take_place(self, standing: Standing) -> None:
+        description = standing.description
+        self._view = standing.view
         self._epoch = self._view.epoch
         self._device = description.device
         self.rank = self.rank_in_group = description.rank_in_group
@@ -418,10 +446,7 @@ class AttachedCommunicator(Communicator):
     @property
     def view(self) -> View:
         if self._view.epoch != self._epoch:  # the rank went on to one that changes no rank
-            arguments = Arguments()
-            arguments.describe_group.SetInParent()
-            description = self._rank.call(self.unique_name, arguments).result.description
-            self._view = View.from_proto(view_pb2.View.FromString(description.view))
+            self._view = self._rank.describe(self.unique_name).view
             self._epoch = self._view.epoch
         return self._view
 
@@ -431,9 +456,9 @@ class AttachedCommunicator(Communicator):
 
     def wait_ready(self, timeout_s: float | None = None) -> tuple[View, int]:
         with self._turn():
-            reply = self._rank.wait_ready(self.unique_name, timeout_s)
-            self._take_place(reply.result.description)
-            return self._view, reply.result.completed
+            standing = self._rank.wait_ready(self.unique_name, timeout_s)
+            self._take_place(standing)
+            return standing.view, standing.completed
 
     def check(self) -> None:
         arguments = Arguments()
@@ -453,8 +478,8 @@ class AttachedCommunicator(Communicator):
             return []
 
         with self._turn():
-            result = self._collective(fill, "make_group").result
-        return None if result.nothing else self._rank.communicator(name, result.description)
+            reply = self._collective(fill, "make_group")
+        return None if reply.result.nothing else self._rank.communicator(name, Standing.of(reply))
 
     def destroy_group(self, name: str) -> None:
         def fill(arguments: Arguments) -> Sequence[Any]:

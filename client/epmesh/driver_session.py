@@ -61,6 +61,7 @@ class DriverSession:
         self._error: EpmeshError | None = None
         self._watchers: dict[int, Callable[[], object]] = {}
         self._detached = False
+        self._under_way = 0
         self.channel = open_channel(address)
         self._stub = communicator_service_pb2_grpc.CommunicatorServiceStub(self.channel)
         request = communicator_service_pb2.AttachRankRequest(rank=rank, driver=driver, version=VERSION)
@@ -95,6 +96,7 @@ class DriverSession:
             done.wait(timeout_s)
         if not future.done():
             future.cancel()
+            self.give_up()
             raise self._error or DeadlineExceeded(
                 self.rank, 0, f"rank {self.rank} did not answer within {timeout_s:g} s"
             )
@@ -102,6 +104,27 @@ class DriverSession:
             return future.result()
         except CancelledError:
             raise MeshUnavailable(f"the call on rank {self.rank} was cancelled") from None
+
+    @contextlib.contextmanager
+    def calling(self) -> Iterator[None]:
+        """A call is under way inside the block; one that is left by anything but an answer is so for good."""
+        with self._lock:
+            self._under_way += 1
+        try:
+            yield
+        except EpmeshError:
+            self._answered()
+            raise
+        self._answered()
+
+    def give_up(self) -> None:
+        """A call was not answered: the rank may be in it still."""
+        with self._lock:
+            self._under_way += 1
+
+    def _answered(self) -> None:
+        with self._lock:
+            self._under_way -= 1
 
     @contextlib.contextmanager
     def watched(self, on_end: Callable[[], object]) -> Iterator[None]:
@@ -148,13 +171,17 @@ class DriverSession:
         return _mapped(rank_service_pb2.DescriptorResponse.FromString(data), fds)
 
     def detach(self) -> None:
-        """Gives the rank back in good order; idempotent, and never raises for a service that is gone."""
+        """Gives the rank back; idempotent, and never raises for a service that is gone.
+
+        In good order, unless the rank is in the middle of a call: nobody can take it out of there, so it ends with its
+        driver, as if that had died.
+        """
         with self._lock:
             if self._detached:
                 return
             self._detached = True
-            over = self._error is not None
-        if not over:
+            orderly = self._error is None and not self._under_way
+        if orderly:
             request = communicator_service_pb2.DetachRankRequest(rank=self.rank, token=self.granted.token)
             try:
                 self._stub.DetachRank(request, timeout=RPC_TIMEOUT_S)
@@ -252,5 +279,7 @@ def _mapped(response: rank_service_pb2.DescriptorResponse, fds: list[int]) -> Dr
         raise InvalidRequest("the node service sent no descriptor; is it of another version?")
     try:
         return DriverMemory(fds[0], response.memfd_bytes, is_driver=True)
+    except OSError as exc:
+        raise MeshUnavailable(f"cannot map {response.memfd_bytes} bytes: {exc}") from exc
     finally:
         os.close(fds[0])

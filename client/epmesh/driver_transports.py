@@ -185,9 +185,14 @@ class GrpcTransport(DriverTransport):
                 return _assembled(stream)
         except grpc.RpcError as exc:
             raise self._meaning(exc, method) from exc
+        except BaseException:
+            stream.cancel()
+            raise
 
     def _meaning(self, exc: grpc.RpcError, method: Method) -> EpmeshError:
         error = errors.from_rpc_error(exc, method.name)
+        if isinstance(error, DeadlineExceeded) and error.sequence == 0 and error.rank < 0:  # gRPC's own
+            self._session.give_up()
         if isinstance(error, MeshUnavailable) or self._session.error is not None:
             return self._session.end_within(_SETTLE_S) or error
         return error

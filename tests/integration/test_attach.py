@@ -133,6 +133,32 @@ def leave_open(comm: Communicator) -> None:
     comm.dispatch_async(weights, weights, ids, True)
 
 
+def test_a_group_that_waits_does_not_keep_another_from_going_on(mesh: HostedMesh, pool: ThreadPoolExecutor) -> None:
+    with attached(mesh) as comms:
+        worlds = [comm.group("world") for comm in comms]
+        early = pool.submit(total, comms[0])
+        assert both(pool, worlds, total) == [2.0, 2.0]
+        assert not early.done()
+        assert (total(comms[1]), early.result(30)) == (2.0, 2.0)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_rank_that_is_left_in_the_middle_of_a_call_is_given_up_and_not_waited_for(
+    transport: str, pool: ThreadPoolExecutor
+) -> None:
+    with HostedMesh(1, 2) as mesh:
+        comms = [mesh.attach(rank, transport) for rank in range(2)]
+        assert both(pool, comms, total) == [2.0, 2.0]
+        left = pool.submit(waiting_sum, comms[0])
+        while not comms[0]._busy.locked():  # type: ignore[attr-defined]
+            time.sleep(0.001)
+        comms[0].destroy()
+        assert isinstance(left.result(30)[0], MeshUnavailable)
+        comms[0] = mesh.attach(0, transport, world_size=1, timeout_s=STRETCH * 2.0)
+        assert resumed(comms, pool) == [2.0, 2.0]
+
+
 def test_calls_after_the_end_say_so(mesh: HostedMesh) -> None:
     comm = mesh.attach(0)
     world = comm.group("world")

@@ -16,7 +16,7 @@ from epmesh import EpmeshError, InvalidRequest, NotReady, Unauthenticated
 from epmesh.errors import from_rpc_error
 from epmesh.v1 import communicator_service_pb2 as pb
 from epmesh.v1 import communicator_service_pb2_grpc as rpc
-from epmesh.v1 import error_pb2, frame_pb2, front_pb2
+from epmesh.v1 import error_pb2, frame_pb2, front_pb2, view_pb2
 from tests.integration.hosted_mesh import HostedMesh
 
 TIMEOUT_S = 30.0
@@ -96,11 +96,12 @@ def _ready(driver: BareDriver, arguments: front_pb2.WaitReadyArguments) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while True:
         try:
-            result, _ = driver.call("WaitReady", arguments)
+            result, (encoded,) = driver.call("WaitReady", arguments)
         except NotReady:
             assert time.monotonic() < deadline
             continue
         assert list(result.description.ranks) == [0, 1]
+        assert [len(node.ranks) for node in view_pb2.View.FromString(encoded.tobytes()).nodes] == [1, 1]
         return
 
 

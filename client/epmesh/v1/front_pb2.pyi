@@ -111,7 +111,7 @@ class DriverResult(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., completed: _Optional[int] = ..., nothing: bool = ..., description: _Optional[_Union[RankDescription, _Mapping]] = ...) -> None: ...
 
 class RankDescription(_message.Message):
-    __slots__ = ("group", "ranks", "rank_in_group", "global_rank", "global_world_size", "device", "all2all_backend", "view", "call_limit_s")
+    __slots__ = ("group", "ranks", "rank_in_group", "global_rank", "global_world_size", "device", "all2all_backend", "call_limit_s")
     GROUP_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     RANK_IN_GROUP_FIELD_NUMBER: _ClassVar[int]
@@ -119,7 +119,6 @@ class RankDescription(_message.Message):
     GLOBAL_WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ALL2ALL_BACKEND_FIELD_NUMBER: _ClassVar[int]
-    VIEW_FIELD_NUMBER: _ClassVar[int]
     CALL_LIMIT_S_FIELD_NUMBER: _ClassVar[int]
     group: str
     ranks: _containers.RepeatedScalarFieldContainer[int]
@@ -128,9 +127,8 @@ class RankDescription(_message.Message):
     global_world_size: int
     device: str
     all2all_backend: str
-    view: bytes
     call_limit_s: float
-    def __init__(self, group: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., rank_in_group: _Optional[int] = ..., global_rank: _Optional[int] = ..., global_world_size: _Optional[int] = ..., device: _Optional[str] = ..., all2all_backend: _Optional[str] = ..., view: _Optional[bytes] = ..., call_limit_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, group: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., rank_in_group: _Optional[int] = ..., global_rank: _Optional[int] = ..., global_world_size: _Optional[int] = ..., device: _Optional[str] = ..., all2all_backend: _Optional[str] = ..., call_limit_s: _Optional[float] = ...) -> None: ...
 
 class MethodArguments(_message.Message):
     __slots__ = ("all_reduce", "all_gather", "all_gatherv", "reduce_scatter", "reduce_scatterv", "gather", "broadcast", "send", "recv", "batch", "dispatch", "dispatch_router_logits", "start_dispatch", "wait_dispatch", "combine", "describe_group", "wait_ready", "check", "make_group", "remove_group", "place_experts", "destroy")

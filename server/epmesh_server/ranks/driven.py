@@ -17,12 +17,13 @@ from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, Overload
 from epmesh.v1 import front_pb2
 from epmesh_server.driver_tokens import verify_token
 from epmesh_server.ranks.communicator import JoinedCommunicator
-from epmesh_server.ranks.driver_calls import OpenHandles, Outcome, describe, execute
+from epmesh_server.ranks.driver_calls import OpenHandles, Outcome, describe, encoded_view, execute
 from epmesh_server.ranks.driver_tensors import read_tensors, write_tensors
 from epmesh_server.ranks.front import Front, Incoming
 
 _log = logging.getLogger(__name__)
-_MAX_QUEUED = 64  # of one group; a driver that waits for its answers has one
+_MAX_QUEUED = 64  # calls of one group; a driver that waits for its answers has one
+_MAX_UNKNOWN = 64  # groups with a thread, beyond which one must be in the view to get another
 _END_POLL_S = 1.0
 _END_WITHIN_S = 5.0
 
@@ -85,7 +86,7 @@ class DrivenRank:
         self._number = number
         worker = self._workers.get(call.group)
         if worker is None:
-            if not self._comm.view.has_group(call.group) and len(self._workers) >= _MAX_QUEUED:
+            if not self._comm.view.has_group(call.group) and len(self._workers) >= _MAX_UNKNOWN:
                 raise InvalidRequest(f"there is no group {call.group[:80]!r}")
             worker = self._workers[call.group] = _GroupWorker(self._comm, call.group, self._memory)
         worker.put(_Task(number, incoming))
@@ -153,9 +154,11 @@ class _GroupWorker:
         result = front_pb2.DriverResult(
             epoch=comm.epoch, sequence=outcome.sequence, completed=outcome.completed, nothing=outcome.nothing
         )
+        tensors = list(outcome.tensors)
         if outcome.describes is not None:
             result.description.CopyFrom(describe(outcome.describes))
-        metas, places, frames = write_tensors(outcome.tensors, memory)
+            tensors.append(encoded_view(outcome.describes))
+        metas, places, frames = write_tensors(tensors, memory)
         response = front_pb2.FrontResponse(tensors=metas, places=places, driver_result=result)
         incoming.answer(response, frames)
 

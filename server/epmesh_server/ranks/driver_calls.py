@@ -118,6 +118,11 @@ def execute(
     return method.run(_Call(comm, getattr(call.arguments, name), tensors, handles))
 
 
+def encoded_view(comm: JoinedCommunicator) -> torch.Tensor:
+    """The communicator's view as bytes ``[n]``: it may be larger than a header."""
+    return torch.frombuffer(bytearray(comm.view.to_proto().SerializeToString()), dtype=torch.uint8)
+
+
 def describe(comm: JoinedCommunicator) -> front_pb2.RankDescription:
     """Where the rank stands in the communicator's group."""
     rank = comm._rank_process
@@ -129,7 +134,6 @@ def describe(comm: JoinedCommunicator) -> front_pb2.RankDescription:
         global_world_size=comm.global_world_size,
         device=str(comm.device),
         all2all_backend=comm.all2all_backend,
-        view=comm.view.to_proto().SerializeToString(),
         call_limit_s=2 * rank.exchange_timeout_s + rank.timeout_s + _CALL_SLACK_S,
     )
 

@@ -189,11 +189,17 @@ class RankSession:
         return self._descriptors(rank_service_pb2.DescriptorRequest(serve_buffers=wanted))
 
     def driver_memory(self, driver_token: bytes) -> DriverMemory:
-        """The memory that this rank shares with its driver."""
+        """The memory that this rank shares with its driver.
+
+        Raises:
+            MeshUnavailable: there is none to be had.
+        """
         wanted = rank_service_pb2.DriverBuffers(driver_token=driver_token)
         answer, (fd,) = self._descriptors(rank_service_pb2.DescriptorRequest(driver_buffers=wanted))
         try:
             return DriverMemory(fd, answer.memfd_bytes, is_driver=False)
+        except OSError as exc:
+            raise MeshUnavailable(f"rank {self.rank} cannot map {answer.memfd_bytes} bytes: {exc}") from exc
         finally:
             os.close(fd)
 
