@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from epmesh import errors
-from epmesh.communicator_methods import METHODS, Assembly, Method, messages
+from epmesh.communicator_methods import CHUNK_BYTES, METHODS, Assembly, Method, messages
 from epmesh.driver_memory import INLINE, DriverMemory
 from epmesh.driver_session import DriverSession
 from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, NotReady, PeerLost
@@ -155,14 +155,9 @@ class GrpcTransport(DriverTransport):
 
     def __init__(self, session: DriverSession) -> None:
         self._session = session
-        self._calls = {
-            field: session.channel.stream_stream(
-                method.path,
-                request_serializer=method.request.SerializeToString,
-                response_deserializer=method.response.FromString,
-            )
-            for field, method in METHODS.items()
-        }
+        self._long = {field: _multicallable(session.channel.stream_stream, each) for field, each in METHODS.items()}
+        # The same on the wire; but gRPC starts a thread for every request that is a stream.
+        self._short = {field: _multicallable(session.channel.unary_stream, each) for field, each in METHODS.items()}
 
     def call(
         self,
@@ -179,7 +174,10 @@ class GrpcTransport(DriverTransport):
             header.refusal.CopyFrom(call.refusal)
         first = {"call": header, "arguments": getattr(call.arguments, method.field)}
         requests = messages(method.request, first, (tensor.data for tensor in tensors))
-        stream = self._calls[method.field](requests, timeout=timeout_s)
+        if sum(tensor.size for tensor in tensors) <= CHUNK_BYTES:
+            stream = self._short[method.field](next(requests), timeout=timeout_s)
+        else:
+            stream = self._long[method.field](requests, timeout=timeout_s)
         try:
             with self._session.watched(stream.cancel):
                 return _assembled(stream)
@@ -196,6 +194,14 @@ class GrpcTransport(DriverTransport):
         if isinstance(error, MeshUnavailable) or self._session.error is not None:
             return self._session.end_within(_SETTLE_S) or error
         return error
+
+
+def _multicallable(make: Callable[..., Any], method: Method) -> Any:
+    return make(
+        method.path,
+        request_serializer=method.request.SerializeToString,
+        response_deserializer=method.response.FromString,
+    )
 
 
 def _assembled(stream: Any) -> Reply:

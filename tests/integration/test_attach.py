@@ -248,9 +248,9 @@ def all_refusals(comm: Communicator) -> dict[str, Refused]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("joined", [0, 2])
+@pytest.mark.parametrize(("joined", "transport"), [(0, "zmq"), (1, "grpc"), (2, "shm")])
 def test_joined_and_attached_ranks_of_one_group_get_the_words_that_joined_ones_get(
-    joined: int, pool: ThreadPoolExecutor
+    joined: int, transport: str, pool: ThreadPoolExecutor
 ) -> None:
     """The last rank is the one that does it wrong: once it is attached, once joined."""
     with LocalMesh(1, 3, exchange_timeout_s=20.0, max_tokens_per_rank=16) as local:
@@ -260,7 +260,7 @@ def test_joined_and_attached_ranks_of_one_group_get_the_words_that_joined_ones_g
         makers = [
             pool.submit(epmesh.join, mesh.addresses[0], local_rank=rank, world_size=3, exchange_timeout_s=20.0)
             if rank == joined
-            else pool.submit(mesh.attach, rank)
+            else pool.submit(mesh.attach, rank, transport)
             for rank in range(3)
         ]
         comms = [stack.enter_context(maker.result(20)) for maker in makers]

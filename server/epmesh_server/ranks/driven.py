@@ -145,7 +145,9 @@ class _GroupWorker:
         memory = self._memory.of(task.number, request.driver_call)
         if memory is not None:
             memory.free(request.released)
-        outcome = execute(comm, request.driver_call, lambda: read_tensors(task.incoming, memory), self._handles)
+        outcome = execute(
+            comm, request.driver_call, lambda: read_tensors(task.incoming, memory, comm.device), self._handles
+        )
         self._answer(task.incoming, comm, outcome, memory)
 
     def _answer(

@@ -165,7 +165,7 @@ def _reduce_scatterv(call: _Call) -> Outcome:
     sizes = _lengths(call.arguments, "sizes")
     if not call.arguments.HasField("output"):
         return Outcome([call.comm.reduce_scatterv(call.tensor, call.arguments.dim, sizes)])
-    output = _output(call.arguments.output)
+    output = _output(call)
     return Outcome([call.comm.reduce_scatterv_into_output(call.tensor, output, call.arguments.dim, sizes)])
 
 
@@ -257,7 +257,7 @@ def _combine(call: _Call) -> Outcome:
     parallel = call.arguments.is_sequence_parallel
     if not call.arguments.HasField("output"):
         return Outcome([comm.combine(call.tensor, parallel, handle=handle)])
-    output = _output(call.arguments.output)
+    output = _output(call)
     return Outcome([comm.combine_into_output(call.tensor, output, parallel, handle=handle)])
 
 
@@ -374,10 +374,11 @@ def _lengths(arguments: Any, field: str) -> list[int] | None:
     return list(getattr(arguments, field).lengths) if arguments.HasField(field) else None
 
 
-def _output(meta: frame_pb2.TensorMeta) -> Any:
+def _output(call: _Call) -> Any:
     """A tensor as large as the driver's output; refused later if that is not what the call gives."""
+    meta = call.arguments.output
     try:
         num_bytes(meta)
-        return torch.empty(tuple(meta.shape), dtype=dtype_from_name(meta.dtype))
+        return torch.empty(tuple(meta.shape), dtype=dtype_from_name(meta.dtype), device=call.comm.device)
     except EpmeshError as exc:
         return Refused(exc)

@@ -15,8 +15,8 @@ from epmesh_server.ranks.front import Incoming
 from epmesh_server.ranks.tensors import Bytes, as_bytes, dtype_from_name, from_bytes, meta_of
 
 
-def read_tensors(incoming: Incoming, memory: DriverMemory | None) -> list[torch.Tensor]:
-    """The tensors of a request. They share its memory, so they are good until it is answered.
+def read_tensors(incoming: Incoming, memory: DriverMemory | None, device: torch.device) -> list[torch.Tensor]:
+    """The tensors of a request, on `device`. On CPU they share its memory, so they are good until it is answered.
 
     Raises:
         InvalidRequest: a place is not in the driver's half of the memory, or there is no memory.
@@ -31,7 +31,7 @@ def read_tensors(incoming: Incoming, memory: DriverMemory | None) -> list[torch.
             raise InvalidRequest(f"tensor {index} is in shared memory, but the call does not say that there is some")
         else:
             data = memory.read(place, num_bytes(meta))
-        tensors.append(_tensor(data, meta))
+        tensors.append(_tensor(data, meta).to(device))
     return tensors
 
 
@@ -40,7 +40,7 @@ def write_tensors(
 ) -> tuple[list[frame_pb2.TensorMeta], list[int], list[memoryview]]:
     """What an answer with `tensors` consists of: their metas, their places, and the frames."""
     metas = [meta_of(tensor) for tensor in tensors]
-    data = [as_bytes(tensor) for tensor in tensors]
+    data = [as_bytes(tensor.cpu()) for tensor in tensors]
     if memory is None:
         return metas, [], [one.data for one in data]
     places = [memory.write(one) for one in data]
