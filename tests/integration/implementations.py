@@ -61,12 +61,13 @@ def start_local_mesh(shape: Shape, **options: Any) -> Iterator[Runner]:
         yield mesh.run
 
 
-def attached(transport: str, *shapes: Shape) -> Implementation:
+def attached(transport: str, *shapes: Shape, tensor_parallel: tuple[Shape, ...] = ()) -> Implementation:
     """Hosted ranks, each with a driver in a process of its own."""
     return Implementation(
         name=f"attach-{transport}",
         start=functools.partial(start_local_mesh, hosted=True, transport=transport),
         shapes=shapes,
+        tensor_parallel_shapes=tensor_parallel,
         lacks={Feature.PROCESS_GROUPS: "an attached rank's process groups are in the process that hosts it"},
     )
 
@@ -89,7 +90,7 @@ IMPLEMENTATIONS = (
             Feature.VIEWS: "there is no mesh behind a DeviceCommunicator",
         },
     ),
-    attached("shm", Shape(2, 2)),
+    attached("shm", Shape(2, 2), tensor_parallel=(Shape(2, 2, 2),)),
     # Whatever is refused is refused alike over these two: test_attach.py compares every refusal with that of join.
     attached("zmq", Shape(2, 1)),
     attached("grpc", Shape(2, 1)),
