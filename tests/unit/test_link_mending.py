@@ -10,9 +10,11 @@ import pytest
 import zmq
 
 from epmesh.v1 import frame_pb2
+from epmesh_server.ranks import inbox as inboxes
 from epmesh_server.ranks import link_watcher, links
+from epmesh_server.ranks.inbox import Inbox
 from epmesh_server.ranks.link_window import REPORT_EVERY, SendWindow
-from epmesh_server.ranks.links import Inbox, LinkHub
+from epmesh_server.ranks.links import LinkHub
 from tests.proxy import Mode, Proxy
 
 GROUP, EPOCH, PATIENCE_S = 1, 3, 10.0
@@ -221,7 +223,7 @@ def test_frames_that_play_a_link_badly_are_refused(line: Line) -> None:
 
 
 def test_inboxes_have_their_budget_still(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(links, "MAX_INBOX_BYTES", 1000)
+    monkeypatch.setattr(inboxes, "MAX_INBOX_BYTES", 1000)
     inbox: Inbox = line.inbox
     line.send(3, size=512)
     line.until(lambda: inbox.lost_messages)

@@ -11,7 +11,8 @@ import zmq
 
 from epmesh.frames import Message
 from epmesh.v1 import frame_pb2
-from epmesh_server.ranks.links import Inbox, LinkHub
+from epmesh_server.ranks.inbox import Inbox
+from epmesh_server.ranks.links import LinkHub
 
 GROUP, EPOCH, PATIENCE_S = 1, 3, 10.0
 COLLECTIVE, P2P = frame_pb2.FRAME_KIND_COLLECTIVE, frame_pb2.FRAME_KIND_POINT_TO_POINT

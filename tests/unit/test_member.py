@@ -14,7 +14,8 @@ from epmesh.errors import DeadlineExceeded, EpmeshError, MeshUnavailable, PeerLo
 from epmesh.frames import Message
 from epmesh.v1 import frame_pb2
 from epmesh.view import GroupInfo, NodeInfo, RankInfo, RankMode, View
-from epmesh_server.ranks.links import Inbox, LinkHub
+from epmesh_server.ranks.inbox import Inbox
+from epmesh_server.ranks.links import LinkHub
 from epmesh_server.ranks.member import GroupMember
 from epmesh_server.ranks.session import RankSession
 from epmesh_server.shared_memory import ControlPage

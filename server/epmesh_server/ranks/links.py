@@ -14,7 +14,6 @@ import os
 import select
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 import zmq
@@ -22,6 +21,7 @@ import zmq
 from epmesh.errors import InvalidRequest
 from epmesh.frames import Buffer, Message, decode, encode
 from epmesh.v1 import frame_pb2
+from epmesh_server.ranks.inbox import MAX_INBOX_BYTES, Inbox
 from epmesh_server.ranks.link_watcher import WATCHED, LinkWatcher, Peer
 from epmesh_server.ranks.link_window import MAX_RANGES, Question, Range, ReceiveWindow, Report, SendWindow
 
@@ -29,79 +29,12 @@ _log = logging.getLogger(__name__)
 
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 200, 600
 RECONNECT_MS, RECONNECT_MAX_MS = 25, 100  # several attempts within the watcher's grace
-MAX_INBOX_BYTES = 1 << 32
 HOLE_PATIENCE_S = 5.0  # how long a missing message is waited for; a sender asks at once after a reconnect
 _FOLLOWER_POLL_MS = 5
 _MEND_POLL_S, _TEND_POLL_S = 0.01, 0.25
 _TEND_BYTES = 16 << 20  # a sender that keeps more looks for receipts even when it sends nothing
 
-Key = tuple[int, int, int, int]  # kind, sequence, step, source
 Sender = tuple[int, int, int]  # source, incarnation, epoch
-
-
-class Inbox:
-    """Messages for one group in one membership epoch, until somebody asks for them. Guarded by the hub's receive lock
-    while messages come in; reads are single dictionary or deque operations."""
-
-    def __init__(self) -> None:
-        self.wake_fd: int | None = None
-        self.lost_messages: dict[int, str] = {}  # source -> what is missing
-        self.abandoned: dict[int, Message] = {}  # sequence -> why
-        self.point_to_point: dict[int, deque[Message]] = {}  # source -> in order
-        self.taken: dict[int, int] = {}  # receiver -> highest number it took
-        self._messages: dict[Key, Message] = {}
-        self._bytes = 0
-        self._lock = threading.Lock()  # one thread puts, for all groups; another takes
-
-    def put(self, message: Message) -> bool:
-        """Files a message; False where the budget is spent."""
-        with self._lock:
-            return self._put(message)
-
-    def _put(self, message: Message) -> bool:
-        header = message.header
-        if header.kind == frame_pb2.FRAME_KIND_ABANDON:
-            self.abandoned.setdefault(header.sequence, message)
-        elif header.kind == frame_pb2.FRAME_KIND_TAKEN:
-            self.taken[header.source] = max(self.taken.get(header.source, 0), header.sequence)
-        else:
-            size = sum(map(len, message.tensors))
-            if self._bytes + size > MAX_INBOX_BYTES:
-                return False
-            self._bytes += size
-            if header.kind == frame_pb2.FRAME_KIND_POINT_TO_POINT:
-                self.point_to_point.setdefault(header.source, deque()).append(message)
-            else:
-                self._messages[(header.kind, header.sequence, header.step, header.source)] = message
-        return True
-
-    def take(self, kind: int, sequence: int, step: int, source: int) -> Message | None:
-        """Removes and returns a message, if it is there."""
-        with self._lock:
-            return self._released(self._messages.pop((kind, sequence, step, source), None))
-
-    def peek(self, kind: int, sequence: int, step: int, source: int) -> Message | None:
-        """A message, if it is there; it stays."""
-        return self._messages.get((kind, sequence, step, source))
-
-    def take_point_to_point(self, source: int) -> Message | None:
-        """Removes and returns the next message that `source` sent."""
-        with self._lock:
-            waiting = self.point_to_point.get(source)
-            return self._released(waiting.popleft()) if waiting else None
-
-    def forget(self, sequence: int) -> None:
-        """Drops what belongs to `sequence` and to exchanges before it."""
-        with self._lock:
-            for key in [key for key in self._messages if key[1] <= sequence]:
-                self._released(self._messages.pop(key))
-            for old in [number for number in self.abandoned if number <= sequence]:
-                del self.abandoned[old]
-
-    def _released(self, message: Message | None) -> Message | None:
-        if message is not None:
-            self._bytes -= sum(map(len, message.tensors))
-        return message
 
 
 class LinkHub:
