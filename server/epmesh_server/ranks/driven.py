@@ -136,15 +136,15 @@ class _GroupWorker:
 
     def _serve(self, task: _Task) -> None:
         request = task.incoming.request
+        memory = self._memory.of(task.number, request.driver_call)
+        if memory is not None:
+            memory.free(request.released)  # first: what the driver has read is free even if the call comes to nothing
         comm = self._root.group(self._group)
         assert isinstance(comm, JoinedCommunicator)
         if task.number != self._number:
             self._number = task.number
             self._handles.clear()
             comm.begin_anew()
-        memory = self._memory.of(task.number, request.driver_call)
-        if memory is not None:
-            memory.free(request.released)
         outcome = execute(
             comm, request.driver_call, lambda: read_tensors(task.incoming, memory, comm.device), self._handles
         )
