@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 from epmesh.addresses import is_loopback, join_address
 from epmesh.errors import InvalidRequest
+from epmesh.version import VERSION
 from epmesh_server.membership import MembershipSettings
 
 DEFAULT_PORT = 7401
@@ -45,7 +45,7 @@ class CoordinatorSettings:
                 f"say --insecure if the network is trusted, or bind 127.0.0.1"
             )
         membership = MembershipSettings(
-            version=version("epmesh"),
+            version=VERSION,
             stride=self.stride,
             min_nodes=self.min_nodes,
             heartbeat_interval_s=self.heartbeat_interval_s,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import logging
 import secrets
 import socket
@@ -25,6 +24,7 @@ from epmesh.v1 import (
     router_service_pb2_grpc,
     store_service_pb2_grpc,
 )
+from epmesh.version import VERSION
 from epmesh_server.node.buffers import BufferPool
 from epmesh_server.node.commands import Commands
 from epmesh_server.node.communicator_service import CommunicatorService
@@ -103,7 +103,7 @@ class Node:
         self._hosting.on_links = self._link.links_changed
         self._groups = Groups(settings.coordinator, self._channel, self._board)
         self._router = RouterService(self._board, self._own_slot, self._caller)
-        self._identity = Identity(settings.node_id or "", secrets.randbits(63) | 1, "", package_version())
+        self._identity = Identity(settings.node_id or "", secrets.randbits(63) | 1, "", VERSION)
         self._servers: list[grpc.aio.Server] = []
         self._exit = contextlib.AsyncExitStack()
 
@@ -223,11 +223,6 @@ class Node:
         return MeshUnavailable(f"node service {self._identity.node_id} is shutting down")
 
 
-def package_version() -> str:
-    """Version of the installed package; coordinators compare major and minor."""
-    return importlib.metadata.version("epmesh")
-
-
 def _bind(server: grpc.aio.Server, address: str) -> int:
     try:
         return server.add_insecure_port(address)
@@ -245,6 +240,6 @@ def _identity(settings: NodeSettings, bound: str, port: int, incarnation: int) -
         node_id=settings.node_id or f"{hostname}:{port}",
         incarnation=incarnation,
         address=address,
-        version=package_version(),
+        version=VERSION,
         slot=settings.slot,
     )
