@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from epmesh.testing import LocalMesh
 from tests.integration.contract import MAX_TOKENS, Feature, Shape
 from tests.integration.flat_ranks import start_flat_ranks
+from tests.integration.on_device import on_device
 from tests.integration.targets import Runner
 
 EXCHANGE_TIMEOUT_S = 20.0
@@ -72,6 +74,22 @@ def attached(transport: str, *shapes: Shape, tensor_parallel: tuple[Shape, ...] 
     )
 
 
+@contextlib.contextmanager
+def start_on_gpu(shape: Shape) -> Iterator[Runner]:
+    """Ranks that joined with this machine's first GPU, all of them; works see CPU tensors."""
+    with LocalMesh(
+        shape.nodes,
+        shape.ranks_per_node,
+        device="cuda:0",
+        tensor_parallel_size=shape.tensor_parallel_size,
+        exchange_timeout_s=2 * EXCHANGE_TIMEOUT_S,  # the first call of a kind compiles its kernels
+        max_tokens_per_rank=MAX_TOKENS,
+    ) as mesh:
+        yield lambda work, *args: mesh.run(on_device, work, *args)
+
+
+ON_GPU = Implementation("join-cuda", start_on_gpu, shapes=(Shape(1, 1), Shape(1, 3)))
+
 IMPLEMENTATIONS = (
     Implementation(
         name="join",
@@ -94,6 +112,7 @@ IMPLEMENTATIONS = (
     # Whatever is refused is refused alike over these two: test_attach.py compares every refusal with that of join.
     attached("zmq", Shape(2, 1)),
     attached("grpc", Shape(2, 1)),
+    *((ON_GPU,) if torch.cuda.is_available() else ()),
 )
 
 

@@ -17,6 +17,8 @@ from epmesh_server.ranks.tensors import accumulator, dtype_name
 MAX_NAME_CHARS = 64
 MAX_LAYER = 1_000_000
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Refused:
@@ -49,14 +51,14 @@ def rows_text(tensors: Sequence[torch.Tensor]) -> str:
     return " ".join(parts)
 
 
-def check_tensor(tensor: torch.Tensor) -> None:
-    """A tensor must be one, on CPU, and of a dtype that travels."""
+def check_tensor(tensor: torch.Tensor, device: torch.device = _CPU) -> None:
+    """A tensor must be one, on `device`, and of a dtype that travels."""
     if isinstance(tensor, Refused):
         raise tensor.error
     if not isinstance(tensor, torch.Tensor):
         raise InvalidRequest(f"a tensor was expected, not {tensor!r:.80} ({type(tensor).__name__})")
-    if tensor.device.type != "cpu":
-        raise InvalidRequest(f"a tensor on {tensor.device}; this rank joined with device cpu")
+    if tensor.device != device:
+        raise InvalidRequest(f"a tensor on {tensor.device}; this rank joined with device {device}")
     if tensor.layout != torch.strided:
         raise InvalidRequest(f"a tensor of layout {tensor.layout}; make it dense")
     tensor_meta(dtype_name(tensor.dtype), tuple(tensor.shape))
@@ -159,7 +161,7 @@ def check_layer(layer: int | None) -> None:
         raise InvalidRequest(f"layer is {layer!r}; it must be 0 to {MAX_LAYER}, or None")
 
 
-def check_p2p_op(op: Any, ranks: Sequence[int]) -> tuple[bool, torch.Tensor, int]:
+def check_p2p_op(op: Any, ranks: Sequence[int], device: torch.device = _CPU) -> tuple[bool, torch.Tensor, int]:
     """(is a send, tensor, rank in the group) of one element of `batch_isend_irecv`."""
     if op.op not in (dist.isend, dist.irecv):
         raise InvalidRequest(f"op is {op.op!r}; it must be torch.distributed.isend or irecv")
@@ -168,18 +170,18 @@ def check_p2p_op(op: Any, ranks: Sequence[int]) -> tuple[bool, torch.Tensor, int
         if op.peer not in ranks:
             raise InvalidRequest(f"peer is global rank {op.peer}; the group has {list(ranks)}")
         peer = list(ranks).index(op.peer)
-    check_tensor(op.tensor)
+    check_tensor(op.tensor, device)
     return op.op is dist.isend, op.tensor, check_peer("group_peer", peer, len(ranks))
 
 
-def check_rows(tensors: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+def check_rows(tensors: Sequence[torch.Tensor], names: Sequence[str], device: torch.device = _CPU) -> None:
     """Tensors that travel row for row: the first ones, by name, are matrices."""
     most = MAX_TENSORS - 2  # row numbers and target codes may go with them
     if len(tensors) > most:
         raise InvalidRequest(f"{len(tensors)} tensors; at most {most} can travel together")
     for index, tensor in enumerate(tensors):
         name = names[index] if index < len(names) else f"extra_tensors[{index - len(names)}]"
-        check_tensor(tensor)
+        check_tensor(tensor, device)
         if tensor.dim() != 2 if index < len(names) else tensor.dim() < 1:
             wanted = "[num_tokens, ...] with 2 dimensions" if index < len(names) else "[num_tokens, ...]"
             raise InvalidRequest(f"{name} is {shape_text(tensor)}; it must be {wanted}")
@@ -187,9 +189,9 @@ def check_rows(tensors: Sequence[torch.Tensor], names: Sequence[str]) -> None:
             raise InvalidRequest(f"{name} has {tensor.shape[0]} rows; hidden_states has {tensors[0].shape[0]}")
 
 
-def check_dispatch(tensors: Sequence[torch.Tensor]) -> None:
+def check_dispatch(tensors: Sequence[torch.Tensor], device: torch.device = _CPU) -> None:
     """hidden_states, topk_weights, topk_ids and extra tensors that belong together."""
-    check_rows(tensors, ("hidden_states", "topk_weights", "topk_ids"))
+    check_rows(tensors, ("hidden_states", "topk_weights", "topk_ids"), device)
     weights, ids = tensors[1], tensors[2]
     if ids.dtype not in (torch.int32, torch.int64):
         raise InvalidRequest(f"topk_ids is {dtype_name(ids.dtype)}; it must be int32 or int64")

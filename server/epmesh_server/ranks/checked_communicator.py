@@ -240,11 +240,10 @@ class CheckedCommunicator(Communicator):
         tensors = [hidden_states, router_logits, *(extra_tensors or ())]
 
         def layout() -> Layout:
-            args.check_rows(tensors, ("hidden_states", "router_logits"))
+            args.check_rows(tensors, ("hidden_states", "router_logits"), self.device)
             args.check_layer(layer)
             args.check_static(static, len(hidden_states), self.max_tokens_per_rank)
-            reach = self._reach(is_sequence_parallel)
-            return broadcast_layout(len(hidden_states), self._topology, reach.eligible)
+            return self._broadcast(tensors, is_sequence_parallel, has_ids=False)
 
         what = f"layer={layer} is_sequence_parallel={is_sequence_parallel}"
         request = self._request("dispatch_router_logits", tensors, 2, extra_tensors is not None, layout, what, static)
@@ -263,14 +262,13 @@ class CheckedCommunicator(Communicator):
         tensors = [*tensors, *(extra_tensors or ())]
 
         def layout() -> Layout:
-            args.check_dispatch(tensors)
+            args.check_dispatch(tensors, self.device)
             args.check_layer(layer)
             args.check_static(static, len(tensors[0]), self.max_tokens_per_rank)
             routing = self._routing(layer, is_sequence_parallel)
             if routing is None:
-                reach = self._reach(is_sequence_parallel)
-                return broadcast_layout(len(tensors[0]), self._topology, reach.eligible)
-            return routed_layout(tensors[2].contiguous().numpy(), routing, self._topology)
+                return self._broadcast(tensors, is_sequence_parallel, has_ids=True)
+            return self._routed_rows(tensors, routing, is_sequence_parallel)
 
         what = f"layer={layer} is_sequence_parallel={is_sequence_parallel}"
         request = self._request("dispatch", tensors, 3, extra_tensors is not None, layout, what, static)
@@ -288,13 +286,27 @@ class CheckedCommunicator(Communicator):
     ) -> Request:
         rows = self.max_tokens_per_rank if static else None
         arguments = f"{args.rows_text(tensors)} {what} static={rows if static else False}"
-        countable = static and getattr(tensors[0], "ndim", 0) > 0  # what is no tensor is refused later
-        numbers = [torch.arange(len(tensors[0]), dtype=torch.int32).unsqueeze(1)] if countable else []
+        numbers = self._row_numbers(tensors) if static else []
 
         def shape(received: list[torch.Tensor]) -> tuple[Any, ...]:
             return (*received[:num_named], received[num_named:]) if with_extra else tuple(received)
 
         return Request(method, [*tensors, *numbers], layout, shape, arguments, False, rows)
+
+    def _broadcast(self, tensors: list[torch.Tensor], is_sequence_parallel: bool, *, has_ids: bool) -> Layout:
+        """Every row to every rank that this one may send to; with `has_ids` the third tensor has ids."""
+        reach = self._reach(is_sequence_parallel)
+        return broadcast_layout(len(tensors[0]), self._topology, reach.eligible)
+
+    def _routed_rows(self, tensors: list[torch.Tensor], routing: Routing, is_sequence_parallel: bool) -> Layout:
+        """Rows to the holders of their experts; the third tensor has the ids."""
+        return routed_layout(tensors[2].contiguous().numpy(), routing, self._topology)
+
+    def _row_numbers(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What travels in static mode besides, so that receivers know which rows they got."""
+        if getattr(tensors[0], "ndim", 0) == 0:
+            return []  # it is no tensor, or no rows, and will be refused
+        return [torch.arange(len(tensors[0]), dtype=torch.int32).unsqueeze(1)]
 
     def combine(
         self, hidden_states: torch.Tensor, is_sequence_parallel: bool = False, *, handle: Handle | None = None

@@ -51,8 +51,8 @@ class JoinedCommunicator(CheckedCommunicator):
             view.group(self.unique_name),
             self._rank_process.exchange_timeout_s,
         )
-        self._exchange = Exchange(self._member, self._stats, self._turn)
-        self._collectives = Collectives(self._exchange)
+        exchange = self._exchange = self._new_exchange()
+        self._collectives = Collectives(exchange)
         self._point_to_point = PointToPoint(self._member)
         self._routings = {}
         topology = self._topology = self._member.topology
@@ -62,6 +62,10 @@ class JoinedCommunicator(CheckedCommunicator):
         self.global_world_size = len(view.ranks)
         self.use_all2all = self.is_ep_communicator and self.world_size > 1
         self.all2all_manager = All2AllManager(self, view.tensor_parallel_size)
+
+    def _new_exchange(self) -> Exchange:
+        """The object that runs this group's exchanges until the set of ranks changes."""
+        return Exchange(self._member, self._stats, self._turn)
 
     @property
     def cpu_group(self) -> Any:
@@ -214,4 +218,8 @@ def new_communicator(rank: RankProcess, name: str, view: View) -> JoinedCommunic
     if name.startswith("tp:") and not group.complete:
         missing = sorted(set(group.declared_ranks) - set(group.ranks))
         raise NotReady(f"group {name!r} lacks ranks {missing}; wait until they have joined")
+    if rank.device.type == "cuda":
+        from epmesh_server.ranks.cuda_communicator import CudaCommunicator  # not above: it needs Triton
+
+        return CudaCommunicator(rank, name, view)
     return JoinedCommunicator(rank, name, view)

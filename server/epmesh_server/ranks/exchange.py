@@ -23,7 +23,7 @@ from epmesh_server.ranks.calls import Call
 from epmesh_server.ranks.combine import CombineStage, shown_dtype, shown_rows
 from epmesh_server.ranks.dispatch import DispatchStage
 from epmesh_server.ranks.member import GroupMember
-from epmesh_server.ranks.open_exchange import BROKEN, ExchangeStats, OpenExchange, OpenExchanges
+from epmesh_server.ranks.open_exchange import BROKEN, ExchangeStats, OpenExchange, OpenExchanges, WayBack, WayThere
 from epmesh_server.shared_memory import BufferLayout
 
 
@@ -79,10 +79,10 @@ class Exchange(OpenExchanges[GroupMember]):
         """What a failure means: see `Guard`."""
         return Guard(self.member, sequence, method)
 
-    def _way_there(self, sequence: int, tensors: Sequence[torch.Tensor], layout: Layout | None) -> DispatchStage:
+    def _way_there(self, sequence: int, tensors: Sequence[torch.Tensor], layout: Layout | None) -> WayThere:
         return DispatchStage(self.member, sequence, tensors, layout)
 
-    def _way_back(self, exchange: OpenExchange, hidden_states: torch.Tensor) -> CombineStage:
+    def _way_back(self, exchange: OpenExchange, hidden_states: torch.Tensor) -> WayBack:
         return CombineStage(self.member, exchange, hidden_states)
 
     def _check_room(self, layout: Layout, tensors: Sequence[torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import os
@@ -46,8 +47,7 @@ class RankOptions:
 
     def __post_init__(self) -> None:
         split_address(self.address, "the node service's address")
-        if _device_type(self.device) != "cpu":
-            raise InvalidRequest(f"device {self.device}: this version exchanges CPU tensors only; use device='cpu'")
+        _check_device(self.device, self.mode)
         self._check_numbers()
         limits = self.exchange_timeout_s, self.timeout_s
         if not all(math.isfinite(limit) and limit > 0 for limit in limits):
@@ -129,7 +129,7 @@ def join(
         mode: ``exchange``, or ``serve`` for a rank that answers routers from the start (see ``serve()``).
         world_size: ranks in the same mode to wait for; the linear default placement is computed over them.
         local_rank: index on the node; default the lowest free one.
-        device: where tensors live; ``cpu``.
+        device: where tensors live: ``cpu``, or ``cuda:N``, on a node whose ranks all have GPUs.
         num_experts: logical experts of the model; `None`: every row goes to every rank.
         experts: those this rank holds; `None`: the linear default.
         layer: the declaration is for this layer only; `None`: for all without one of their own.
@@ -230,6 +230,24 @@ def _mode(mode: RankMode | str) -> RankMode:
         return RankMode[mode.upper()]
     except KeyError:
         raise InvalidRequest(f"mode is {mode!r}; it must be 'exchange' or 'serve'") from None
+
+
+def _check_device(device: str, mode: RankMode) -> None:
+    """Refuses devices that are not there, and what GPUs cannot do yet."""
+    kind = _device_type(device)
+    if kind == "cpu":
+        return
+    if kind != "cuda":
+        raise InvalidRequest(f"device {device}: use 'cpu', or 'cuda:N' for a GPU")
+    found, index = torch.cuda.device_count(), torch.device(device).index
+    if not found:
+        raise InvalidRequest(f"device {device}: there is no CUDA device here; use device='cpu'")
+    if index not in range(found):
+        raise InvalidRequest(f"device {device}: name one of cuda:0 to cuda:{found - 1}")
+    if mode is RankMode.SERVE:
+        raise InvalidRequest(f"device {device}: ranks in mode 'serve' exchange CPU tensors only; use device='cpu'")
+    if importlib.util.find_spec("triton") is None:
+        raise InvalidRequest(f"device {device}: the kernels need Triton, which is not installed; pip install triton")
 
 
 def _device_type(device: str) -> str:

@@ -192,6 +192,7 @@ class GroupMember:
         sequence: int,
         deadline: float,
         late: Callable[[], Iterable[int]],
+        poll_s: float = _POLL_S,
     ) -> None:
         """Waits until `ready`, which is called after every event.
 
@@ -200,6 +201,7 @@ class GroupMember:
             deadline: ``time.monotonic`` value.
             late: positions to blame at the deadline; the lowest is named. Where all are on other nodes, those get a
                 moment longer to name the one that they wait for.
+            poll_s: longest time between two calls of `ready`, where what it looks at announces nothing.
 
         Raises:
             PeerLost, StaleEpoch, DeadlineExceeded, MeshUnavailable: as the class says; with `sequence`, members are
@@ -212,8 +214,8 @@ class GroupMember:
                 positions = sorted(late())
                 left += 0 if set(positions) & set(self.topology.local) else _BLAME_GRACE_S
                 if left <= 0:
-                    raise self._give_up(sequence, positions)
-            self._sleep(min(left, _POLL_S))
+                    raise self.give_up(sequence, positions)
+            self._sleep(min(left, poll_s))
 
     def poll_links(self) -> None:
         """Takes in what has come, without waiting."""
@@ -279,7 +281,8 @@ class GroupMember:
 
     # Giving up -------------------------------------------------------------------------------------------------
 
-    def _give_up(self, sequence: int, late: Sequence[int]) -> EpmeshError:
+    def give_up(self, sequence: int, late: Sequence[int]) -> EpmeshError:
+        """Tells every member that a wait took too long; returns the error, which names the first position of `late`."""
         rank = self.global_rank(late[0]) if late else -1
         error = DeadlineExceeded(
             rank,

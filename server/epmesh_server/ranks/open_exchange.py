@@ -112,7 +112,7 @@ class Request:
     """One dispatch as its caller means it.
 
     Attributes:
-        tensors: ``[num_tokens, ...]`` each, on CPU; the third one of ``dispatch`` has the ids; in static mode the last
+        tensors: ``[num_tokens, ...]`` each; the third one of ``dispatch`` has the ids; in static mode the last
             one has the row numbers.
         make_layout: checks the tensors and decides where rows go; may refuse.
         shape: makes what the caller gets of the received rows.
@@ -227,7 +227,7 @@ class OpenExchange(Handle):
             InvalidRequest: with the value and the mend.
         """
         for tensor in (hidden_states,) if output is None else (hidden_states, output):
-            check_tensor(tensor)
+            check_tensor(tensor, self._owner.device)
         received = self.num_returned
         if hidden_states.dim() != 2 or hidden_states.shape[0] != received:
             raise InvalidRequest(
@@ -268,9 +268,11 @@ class OpenExchanges(abc.ABC, Generic[AnyMember]):
 
     Attributes:
         turns: how many calls may be under way before the oldest one's rows must have been taken in.
+        device: where rows and results are.
     """
 
     turns: int
+    device = torch.device("cpu")
 
     def __init__(
         self, member: AnyMember, stats: ExchangeStats, turn: Callable[[], AbstractContextManager[None]]
@@ -357,7 +359,7 @@ class OpenExchanges(abc.ABC, Generic[AnyMember]):
         """Shows this rank's results, sums those for its own rows, and those it owes to other nodes.
 
         Args:
-            hidden_states: ``[num_received, hidden]`` on CPU.
+            hidden_states: ``[num_received, hidden]``.
             output: ``[num_tokens, hidden]`` to write into, or `None` for a new tensor.
         """
         started = time.perf_counter()

@@ -1,0 +1,179 @@
+"""The communicator of a joined rank whose tensors live on a GPU.
+
+Exchanges run on the device, in groups inside one node. Collectives and point-to-point messages go through the host, as
+those of ranks on CPU, and come back to the tensors' device: correct, and slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from epmesh.errors import InvalidRequest
+from epmesh.layout import Layout, Routing
+from epmesh.view import View
+from epmesh_server.kernels.lane import Rows, Table
+from epmesh_server.kernels.plan import MAX_WORLD_SIZE
+from epmesh_server.ranks import arguments as args
+from epmesh_server.ranks.communicator import JoinedCommunicator
+from epmesh_server.ranks.cuda_arenas import Arenas
+from epmesh_server.ranks.cuda_exchange import CudaExchange, layout_of
+
+if TYPE_CHECKING:
+    from epmesh_server.ranks.rank import RankProcess
+
+
+class CudaCommunicator(JoinedCommunicator):
+    """One group of a rank that lives in this process and has a GPU. One thread at a time may be inside a group."""
+
+    _exchange: CudaExchange
+
+    def __init__(self, rank: RankProcess, name: str, view: View) -> None:
+        """Takes the rank's place in the group `name` of `view`."""
+        self._tables: dict[int, tuple[Routing, Table]] = {}  # by id: a routing is known by itself
+        self._kept: list[
+            Arenas
+        ] = []  # of older epochs; CUDA graphs captured then may be replayed, and must find memory
+        super().__init__(rank, name, view)
+
+    def _new_exchange(self) -> CudaExchange:
+        self._tables = {}
+        limit = self.max_tokens_per_rank
+        return CudaExchange(self._member, self._stats, self._turn, self.device, limit)
+
+    def _let_go(self) -> None:
+        self._kept += self._exchange.close()
+        super()._let_go()
+
+    def destroy(self) -> None:
+        """Leaves; graphs that were captured with this communicator must not be replayed afterwards."""
+        super().destroy()
+        kept, self._kept = self._kept, []
+        for arenas in kept:
+            arenas.close()
+
+    def check(self) -> None:
+        super().check()
+        with self._turn(collective=False):
+            self._exchange.surface()
+
+    # The exchange ------------------------------------------------------------------------------------------------
+
+    def _broadcast(self, tensors: list[torch.Tensor], is_sequence_parallel: bool, *, has_ids: bool) -> Layout:
+        return self._layout(tensors, None, is_sequence_parallel, has_ids)
+
+    def _routed_rows(self, tensors: list[torch.Tensor], routing: Routing, is_sequence_parallel: bool) -> Layout:
+        return self._layout(tensors, routing, is_sequence_parallel, True)
+
+    def _row_numbers(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return []  # a row stands at its number
+
+    def _layout(
+        self, tensors: list[torch.Tensor], routing: Routing | None, is_sequence_parallel: bool, has_ids: bool
+    ) -> Layout:
+        if self._topology.remote_slots:
+            raise InvalidRequest(
+                f"group {self.unique_name!r} spans {len(self._topology.members)} nodes; tensors on GPUs are exchanged "
+                f"inside one node only so far: use device='cpu'"
+            )
+        if self.world_size > MAX_WORLD_SIZE:
+            raise InvalidRequest(
+                f"a group of {self.world_size} GPUs on one node; at most {MAX_WORLD_SIZE} can exchange"
+            )
+        reach = self._reach(is_sequence_parallel)
+        eligible = sum(1 << position for position in reach.eligible)
+        table = None if routing is None else self._table(routing)
+        return layout_of(Rows(tuple(tensor.contiguous() for tensor in tensors), table, eligible, has_ids))
+
+    def _table(self, routing: Routing) -> Table:
+        """A routing on the device, copied when first used."""
+        found = self._tables.get(id(routing))
+        if found is None:
+            live = {id(each) for each in self._routings.values()}
+            self._tables = {key: each for key, each in self._tables.items() if id(each[0]) in live}
+            found = self._tables[id(routing)] = routing, Table.of(routing, self.device)
+        return found[1]
+
+    # Through the host --------------------------------------------------------------------------------------------
+
+    def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
+        return _back(super().all_reduce(_host(input_)), input_)
+
+    def all_gather(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        return super().all_gather(_host(input_), dim).to(self.device)
+
+    def all_gatherv(
+        self, input_: torch.Tensor | list[torch.Tensor], dim: int = 0, sizes: list[int] | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        staged = [_host(tensor) for tensor in input_] if isinstance(input_, list) else _host(input_)
+        gathered = super().all_gatherv(staged, dim, sizes)
+        if isinstance(gathered, list):
+            return [tensor.to(self.device) for tensor in gathered]
+        return gathered.to(self.device)
+
+    def reduce_scatter(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        if self.world_size == 1:
+            return super().reduce_scatter(input_, dim)
+        return super().reduce_scatter(_host(input_), dim).to(self.device)
+
+    def reduce_scatterv(self, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None) -> torch.Tensor:
+        return super().reduce_scatterv(_host(input_), dim, sizes).to(self.device)
+
+    def reduce_scatterv_into_output(
+        self, input_: torch.Tensor, output: torch.Tensor, dim: int = -1, sizes: list[int] | None = None
+    ) -> torch.Tensor:
+        return _back(super().reduce_scatterv_into_output(_host(input_), _host(output), dim, sizes), output)
+
+    def gather(self, input_: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
+        gathered = super().gather(_host(input_), dst, dim)
+        return None if gathered is None else gathered.to(self.device)
+
+    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+        return _back(super().broadcast(_host(tensor), src), tensor)
+
+    def send(self, tensor: torch.Tensor, dst: int | None = None) -> None:
+        super().send(_host(tensor), dst)
+
+    def recv(self, size: torch.Size | Sequence[int] | int, dtype: torch.dtype, src: int | None = None) -> torch.Tensor:
+        return super().recv(size, dtype, src).to(self.device)
+
+    def batch_isend_irecv(self, p2p_ops: list[Any]) -> list[Any]:
+        planned = [args.check_p2p_op(op, self.ranks, self.device) for op in p2p_ops]
+        staged = [
+            SimpleNamespace(op=op.op, tensor=tensor.cpu(), group_peer=peer)
+            for op, (_, tensor, peer) in zip(p2p_ops, planned, strict=True)
+        ]
+        works = super().batch_isend_irecv(staged)
+        return [
+            work if is_send else _Received(work, there.tensor, tensor)
+            for work, there, (is_send, tensor, _) in zip(works, staged, planned, strict=True)
+        ]
+
+
+class _Received:
+    """A receive through the host."""
+
+    def __init__(self, work: Any, here: torch.Tensor, into: torch.Tensor) -> None:
+        self._work, self._here, self._into = work, here, into
+
+    def wait(self) -> None:
+        """Returns when the tensor on the device is written."""
+        self._work.wait()
+        self._into.copy_(self._here)
+
+    def is_completed(self) -> bool:
+        """Whether `wait` has nothing left to do."""
+        return bool(self._work.is_completed())
+
+
+def _host(tensor: Any) -> Any:
+    """A copy on the host of what is a tensor on a GPU; anything else as it is, to be refused with the others."""
+    return tensor.cpu() if isinstance(tensor, torch.Tensor) and tensor.is_cuda else tensor
+
+
+def _back(result: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    """`into`, with the result that its copy on the host got."""
+    return into if result is into else into.copy_(result)

@@ -1,0 +1,110 @@
+"""What GPU tests run in the ranks, besides what the contract suite runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from epmesh import Communicator
+
+HIDDEN, TOPK, EXPERTS_A_RANK = 256, 4, 8
+
+
+@dataclass
+class Replays:
+    """How replays of a captured exchange ended on one rank.
+
+    Attributes:
+        worst: largest error, beside the largest result.
+        wrong: replays whose error was too large.
+    """
+
+    worst: float = 0.0
+    wrong: int = 0
+
+
+def mixture(rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    """Expert e multiplies by (e + 1) / 16; only those that are held count."""
+    mine = held[ids.clamp(min=0)] & (ids >= 0)
+    scale = torch.where(mine, weights * (ids + 1) / 16, 0.0).sum(1, keepdim=True)
+    return torch.where(scale != 0, rows.float() * scale, 0.0)
+
+
+def replay(comm: Communicator, tokens: int, times: int) -> Replays:
+    """Captures a static dispatch and combine once, and replays them with other rows and another routing every time."""
+    num_experts = EXPERTS_A_RANK * comm.world_size
+    device = comm.device
+    held = torch.zeros(num_experts, dtype=torch.bool, device=device)
+    held[comm.rank * EXPERTS_A_RANK : (comm.rank + 1) * EXPERTS_A_RANK] = True
+    everything = torch.ones_like(held)
+    source = torch.Generator(device=device).manual_seed(comm.rank)
+    rows = torch.zeros(tokens, HIDDEN, dtype=torch.bfloat16, device=device)
+    weights = torch.zeros(tokens, TOPK, device=device)
+    ids = torch.zeros(tokens, TOPK, dtype=torch.int64, device=device)
+
+    def refill() -> None:
+        rows.copy_(torch.randn(rows.shape, generator=source, device=device))
+        weights.copy_(torch.rand(weights.shape, generator=source, device=device))
+        scores = torch.rand(tokens, num_experts, generator=source, device=device)
+        ids.copy_(scores.argsort(dim=1)[:, :TOPK])
+        ids.masked_fill_(torch.rand(ids.shape, generator=source, device=device) < 0.2, -1)
+
+    def exchange() -> torch.Tensor:
+        received, its_weights, its_ids = comm.dispatch(rows, weights, ids, static=True)
+        return comm.combine(mixture(received, its_weights, its_ids, held))
+
+    refill()
+    exchange()  # makes the memory and compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = exchange()
+    seen = Replays()
+    for _ in range(times):
+        refill()
+        graph.replay()
+        wanted = mixture(rows, weights, ids, everything)
+        error = float((output - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
+        comm.check()
+        seen.worst = max(seen.worst, error)
+        seen.wrong += error > 1e-4
+    return seen
+
+
+def refuse_one_static(comm: Communicator, victim: int) -> tuple[str, list[float]]:
+    """One rank's static dispatch is refused; the error each rank meets, and what an exchange gives afterwards."""
+    rows = torch.ones(2, 8, device=comm.device)
+    ids = torch.zeros(2, 1, dtype=torch.int64, device=comm.device)
+    weights = torch.ones(2, 1, device=comm.device)
+    comm.combine(comm.dispatch(rows, weights, ids, static=True)[0])
+    error = ""
+    try:
+        bad = weights.to(torch.float32)[:, :0] if comm.rank == victim else weights
+        comm.combine(comm.dispatch(rows, bad, ids, static=True)[0])
+        torch.cuda.synchronize()
+        comm.check()
+    except Exception as exc:  # noqa: BLE001 - what is reported
+        error = type(exc).__name__
+    total = comm.combine(comm.dispatch(rows, weights, ids, static=True)[0])
+    torch.cuda.synchronize()
+    comm.check()
+    return error, total[:, 0].tolist()
+
+
+def exchange_and_measure(comm: Communicator, times: int) -> tuple[int, int]:
+    """Many exchanges of changing sizes; bytes of the device in use after a tenth of them, and at the end."""
+    used = []
+    for number in range(times):
+        tokens = (number * 7 + comm.rank) % 13
+        rows = torch.randn(tokens, HIDDEN, device=comm.device).bfloat16()
+        ids = torch.randint(0, 4 * comm.world_size, (tokens, 2), device=comm.device)
+        weights = torch.ones(tokens, 2, device=comm.device)
+        comm.combine(comm.dispatch(rows, weights, ids, static=number % 3 == 2)[0])
+        if number in (times // 10, times - 1):
+            torch.cuda.synchronize()
+            comm.check()
+            comm.all_reduce(torch.ones(1, device=comm.device))
+            free, total = torch.cuda.mem_get_info()
+            used.append(total - free)
+    return used[0], used[1]
