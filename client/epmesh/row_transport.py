@@ -229,7 +229,7 @@ def fronts_reachable(ranks: Sequence[RankInfo], timeout_s: float = _PROBE_TIMEOU
     with contextlib.ExitStack() as stack:
         stack.callback(selector.close)
         for info in ranks:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # an endpoint that is no address cannot be reached
                 selector.register(stack.enter_context(_begin_connect(info)), selectors.EVENT_WRITE)
         while selector.get_map() and (left_s := deadline - time.monotonic()) > 0:
             for key, _ in selector.select(left_s):
@@ -245,11 +245,12 @@ def _begin_connect(info: RankInfo) -> socket.socket:
     """A socket that is being connected to a front.
 
     Raises:
-        OSError: the endpoint is no address that can be.
+        OSError: the endpoint cannot be connected to.
+        ValueError: it is no address.
     """
     url = urlsplit(info.front_endpoint)
     if url.hostname is None or url.port is None:
-        raise OSError(f"{info.front_endpoint!r} has no host and port")
+        raise ValueError(f"{info.front_endpoint!r} has no host and port")
     family, kind, protocol, _, address = socket.getaddrinfo(url.hostname, url.port, type=socket.SOCK_STREAM)[0]
     sock = socket.socket(family, kind, protocol)
     sock.setblocking(False)

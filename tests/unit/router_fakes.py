@@ -33,6 +33,7 @@ def make_view(
     layers: Iterable[int | None] = (None,),
     mesh_id: str = "mesh",
     front_port: int = 9000,
+    node_port: int = 7000,
     stride: int = STRIDE,
 ) -> View:
     """A view in which the ranks of `experts_of`, or `alive` of them, serve; those in `exchange` do not."""
@@ -51,7 +52,11 @@ def make_view(
     slots = sorted({rank // stride for rank in ranks})
     nodes = tuple(
         NodeInfo(
-            slot, f"node-{slot}", 1, f"127.0.0.1:{7000 + slot}", tuple(infos[r] for r in ranks if r // stride == slot)
+            slot,
+            f"node-{slot}",
+            1,
+            f"127.0.0.1:{node_port + slot}",
+            tuple(infos[r] for r in ranks if r // stride == slot),
         )
         for slot in slots
     )

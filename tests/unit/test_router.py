@@ -428,3 +428,25 @@ def test_rows_are_let_go_at_once_when_a_forward_ends(
         assert [run() for run in begun] == [None]
     finally:
         gc.enable()
+
+
+def test_a_router_for_asyncio_connects_when_it_is_first_used() -> None:
+    async def main() -> None:
+        with socket.socket() as nobody:
+            nobody.bind(("127.0.0.1", 0))
+            router = AsyncRouter(f"127.0.0.1:{nobody.getsockname()[1]}", connect_timeout_s=0.2, transport="grpc")
+            assert router.transport == "grpc"
+            assert router.stats.calls == 0
+            with pytest.raises(MeshUnavailable, match="nobody answered"):
+                await router.forward(*GOOD)
+            await router.close()
+            await router.close()
+            with pytest.raises(MeshUnavailable, match="this router was closed"):
+                await router.forward(*GOOD)
+
+    asyncio.run(main())
+
+
+def test_no_address_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="must be host:port"):
+        Router("node-0")
