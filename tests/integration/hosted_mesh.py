@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,11 @@ class HostedMesh:
         """Kills the process that hosts a rank."""
         self._ranks[rank].kill()
         self._ranks[rank].wait()
+
+    def end_rank(self, rank: int) -> None:
+        """Ends the process that hosts a rank, in good order (SIGTERM)."""
+        self._ranks[rank].terminate()
+        assert self._ranks[rank].wait(time.monotonic() + TIMEOUT_S)
 
     def start_rank(self, rank: int) -> None:
         """Starts another process for it, which joins alone."""

@@ -363,6 +363,21 @@ def test_drivers_hear_at_once_that_their_rank_or_a_peer_was_killed(transport: st
         assert resumed(comms, pool) == [2.0, 2.0]
 
 
+def test_a_hosted_rank_that_is_ended_gives_up_the_call_that_it_is_in(pool: ThreadPoolExecutor) -> None:
+    with HostedMesh(1, 2) as mesh:
+        comms = [mesh.attach(rank) for rank in range(2)]
+        waiting = pool.submit(waiting_sum, comms[0])
+        while not comms[0]._busy.locked():  # type: ignore[attr-defined]
+            time.sleep(0.001)
+        ended_at = time.monotonic()
+        mesh.end_rank(0)
+        error, at = waiting.result(30)
+        assert isinstance(error, MeshUnavailable)
+        assert at - ended_at < STRETCH * KILLED_S
+        view, _ = comms[1].wait_ready(20.0)
+        assert (list(view.ranks), total(comms[1])) == ([1], 1.0)
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("strike", "transport"), [("kill", "shm"), ("kill", "zmq"), ("kill", "grpc"), ("pause", "shm"), ("pause", "grpc")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ _log = logging.getLogger(__name__)
 _MAX_QUEUED = 64  # calls of one group; a driver that waits for its answers has one
 _MAX_UNKNOWN = 64  # groups with a thread, beyond which one must be in the view to get another
 _END_POLL_S = 1.0
-_END_WITHIN_S = 5.0
+_DRAIN_S, _END_WITHIN_S = 0.3, 5.0
 
 
 def drive(comm: JoinedCommunicator, front: Front, stop: threading.Event | None = None) -> None:
@@ -92,10 +93,16 @@ class DrivenRank:
         worker.put(_Task(number, incoming))
 
     def close(self) -> None:
-        """Refuses what comes later, and waits, not for ever, for what is under way."""
+        """Refuses what comes later; what is under way has a moment to end well, and is given up then."""
         self._closed = True
-        for worker in list(self._workers.values()):
-            worker.close()
+        workers = list(self._workers.values())
+        deadline = time.monotonic() + _DRAIN_S
+        ended = [worker.end(deadline) for worker in workers]  # all of them: each is to take no more
+        if not all(ended):
+            self._session.give_up(MeshUnavailable(f"rank {self._comm.global_rank} is leaving; attach again"))
+            deadline = time.monotonic() + _END_WITHIN_S
+            for worker in workers:
+                worker.end(deadline)
         self._memory.close()
 
 
@@ -117,9 +124,11 @@ class _GroupWorker:
             raise Overloaded(0.1, f"{_MAX_QUEUED} calls of group {self._group!r} wait; make one after the other")
         self._tasks.put(task)
 
-    def close(self) -> None:
+    def end(self, deadline: float) -> bool:
+        """Takes no more; says whether what is under way ended before `deadline`."""
         self._tasks.put(None)
-        self._thread.join(_END_WITHIN_S)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:

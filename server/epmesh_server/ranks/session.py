@@ -203,6 +203,10 @@ class RankSession:
         finally:
             os.close(fd)
 
+    def give_up(self, error: EpmeshError) -> None:
+        """Ends every wait of this rank with `error`, if the session is not over anyway; only `close` is left to do."""
+        self._end(error)
+
     def calm(self) -> bool:
         """Takes back wakes of the control page; whether there were any."""
         try:
