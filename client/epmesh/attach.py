@@ -30,7 +30,7 @@ def attach(
 
     Args:
         address: host:port of any node service of the mesh.
-        rank: global rank of one that a node service hosts, in mode exchange.
+        rank: global rank of one that a node service hosts (``epmesh serve --ranks N``), in mode exchange.
         transport: how tensors travel: ``shm`` (on the rank's host), ``zmq`` or ``grpc``; `None`: the first of these
             that works from here.
         world_size: ranks to wait for.

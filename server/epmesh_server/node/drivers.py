@@ -169,7 +169,7 @@ class Drivers:
         if not shown.front_endpoint:
             raise InvalidRequest(
                 f"rank {rank} is process {entry.pid}, which joined by itself; only a rank that the node service hosts "
-                f"can be driven"
+                f"can be driven (epmesh serve --ranks N)"
             )
         return entry
 
