@@ -109,6 +109,26 @@ def test_a_request_of_a_later_epoch_waits_a_moment_for_the_view_and_then_goes_by
     assert torch.equal(from_bytes(reply.tensors[0], torch.float32, (1, HIDDEN)), expected)
 
 
+@pytest.mark.parametrize("place", [{"result_offset": 1 << 50}, {"result_bytes": 1 << 63}])
+def test_a_share_whose_results_have_no_place_is_refused_and_the_rank_goes_on(
+    served: Served, place: dict[str, int]
+) -> None:
+    view = served.router.view
+    if len(view.ranks) == 1:
+        pytest.skip("there is no neighbour to send shares")
+    share = front_pb2.ServeShare(membership_epoch=view.membership_epoch, source=1, result_bytes=4096)
+    for field, value in place.items():
+        setattr(share, field, value)
+    request = front_pb2.FrontRequest(serve_share=share, places=[-1, -1, -1])
+    placement = view.placement(None)
+    assert placement is not None
+    tensors = [torch.ones(1, HIDDEN), torch.ones(1, 1), torch.tensor([[placement.experts_of[0][0]]])]
+    with pytest.raises(InvalidRequest, match="of a section of"):
+        served.router.call(0, request, tensors).result(20)
+    rows = some_rows(5, EXPERTS, 2, 5)
+    torch.testing.assert_close(served.router.forward(*rows).double(), reference(None, *rows), rtol=1e-5, atol=1e-5)
+
+
 def test_shares_without_room_in_shared_memory_travel_as_frames(tmp_path: Path) -> None:
     with LocalMesh(1, 2, num_experts=EXPERTS, buffer_bytes=4096) as mesh:
         done = mesh.start(serve_works.serve, tmp_path / "stop")

@@ -14,7 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from epmesh.driver_memory import DriverMemory
-from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, Overloaded, Unauthenticated
+from epmesh.errors import (
+    DeadlineExceeded,
+    EpmeshError,
+    InvalidRequest,
+    MeshUnavailable,
+    Overloaded,
+    Unauthenticated,
+)
 from epmesh.v1 import front_pb2
 from epmesh_server.driver_tokens import verify_token
 from epmesh_server.ranks.communicator import JoinedCommunicator
@@ -133,6 +140,7 @@ class _GroupWorker:
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
             if task.incoming.cancelled:
+                task.incoming.refuse(DeadlineExceeded(self._root.global_rank))  # nobody hears it; the front forgets it
                 continue
             try:
                 self._serve(task)

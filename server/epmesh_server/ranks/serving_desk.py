@@ -64,6 +64,8 @@ class Desk:
         self._early: list[tuple[Incoming, float]] = []  # requests of an epoch that is not known here yet, until when
         self._jobs: deque[Job] = deque()
         self._closing = False
+        self._lock = threading.Lock()  # guards _closed, and what may be written to while it is not set
+        self._closed = False
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="epmesh-serve", daemon=True)
         self._thread.start()
@@ -101,13 +103,17 @@ class Desk:
         if self._client is not None:
             self._client.close()
         self._memories.close()
-        os.close(self._wake_fd)
+        with self._lock:
+            self._closed = True
+            os.close(self._wake_fd)
 
     # The thread ------------------------------------------------------------------------------------------------
 
     def _post(self, job: Job) -> None:
-        self._jobs.append(job)
-        with contextlib.suppress(OSError):  # closed: nobody needs it any more
+        with self._lock:
+            if self._closed:  # nobody needs it any more; and the descriptor's number may be another one's by now
+                return
+            self._jobs.append(job)
             os.eventfd_write(self._wake_fd, 1)
 
     def _run(self) -> None:
@@ -127,7 +133,7 @@ class Desk:
             now = time.monotonic()
             if now - looked_at >= _TICK_S:
                 looked_at = now
-                self._expire(now)
+                self._job(functools.partial(self._expire, now))
 
     def _job(self, job: Job) -> None:
         try:
@@ -154,7 +160,7 @@ class Desk:
 
     def _expire(self, now: float) -> None:
         for request in [request for request in self._requests if request.deadline <= now]:
-            late = min(request.waiting)
+            late = min(request.waiting, default=self._me)
             self._fail(request, DeadlineExceeded(late, 0, f"rank {late} had no results in time"))
         for early in [early for early in self._early if early[1] <= now]:
             self._early.remove(early)
@@ -342,6 +348,8 @@ class Desk:
         if wanted.source == self._me or view.slot_of(wanted.source) != view.slot_of(self._me):
             raise InvalidRequest(f"rank {wanted.source} is no neighbour of rank {self._me}")
         memory = self._memories.of(wanted.membership_epoch) if incoming.request.places else None
+        if memory is not None:
+            memory.at(wanted.source, wanted.result_offset, wanted.result_bytes)  # refused here, not once computed
         rows = self._share_rows(incoming, memory)
         self._holders_of(view).check_share(rows.key.layer, rows.topk_ids[rows.topk_ids >= 0], self._me)
         self._stats.shares += 1

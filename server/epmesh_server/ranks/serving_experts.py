@@ -157,7 +157,8 @@ class ExpertCalls:
         """Runs the next batch, waiting up to `timeout_s` for one; whether there was any."""
         batch, dropped = self._queue.take(timeout_s)
         for share in dropped:
-            share.deliver(DeadlineExceeded(self._rank, 0, f"rank {self._rank} did not get to the rows in time"))
+            error = DeadlineExceeded(self._rank, 0, f"rank {self._rank} did not get to the rows in time")
+            self._deliver(share, error)
         if batch:
             self._run(batch)
         return bool(batch)
@@ -169,12 +170,18 @@ class ExpertCalls:
                 for share in batch:
                     self._run([share])
             else:
-                batch[0].deliver(outcome)
+                self._deliver(batch[0], outcome)
             return
         start = 0
         for share in batch:
-            share.deliver(outcome[start : start + share.num_rows])
+            self._deliver(share, outcome[start : start + share.num_rows])
             start += share.num_rows
+
+    def _deliver(self, share: QueuedShare, outcome: Outcome) -> None:
+        try:
+            share.deliver(outcome)
+        except Exception:  # noqa: BLE001 - what cannot be delivered to one must not end the service of all
+            _log.exception("rank=%d serve.failed: results of %d rows", self._rank, share.num_rows)
 
     def _call(self, batch: Sequence[QueuedShare]) -> Outcome:
         key, rows = batch[0].key, sum(share.num_rows for share in batch)

@@ -1,0 +1,81 @@
+"""What the threads of a rank that serves, or is driven, owe to each other."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from epmesh import EpmeshError
+from epmesh_server.ranks.driven import _GroupWorker, _Task
+from epmesh_server.ranks.front import Incoming
+from epmesh_server.ranks.serving_batch import BatchLimits
+from epmesh_server.ranks.serving_desk import Desk
+from epmesh_server.ranks.serving_experts import ExpertCalls, Outcome, QueuedShare, ServeStats, ShareQueue
+from epmesh_server.ranks.serving_rows import BatchKey, Rows
+from epmesh_server.ranks.session import RankSession
+
+
+class Given:
+    """A request that its sender has given up; it notes what it was answered."""
+
+    cancelled = True
+
+    def __init__(self) -> None:
+        self.request = SimpleNamespace(WhichOneof=lambda _: "serve_rows")
+        self.refusals: list[EpmeshError] = []
+
+    def refuse(self, error: EpmeshError) -> None:
+        self.refusals.append(error)
+
+
+def rows() -> Rows:
+    key = BatchKey(None, 1, 1, "float32", "float32", "int64")
+    hidden = np.ones((1, 1), np.float32).view(np.uint8)
+    return Rows(key, hidden, hidden.copy(), np.zeros((1, 1), np.int64))
+
+
+def test_results_that_cannot_be_delivered_harm_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
+    queue = ShareQueue(BatchLimits())
+    got: list[Any] = []
+
+    def fail(_: Outcome) -> None:
+        raise ValueError("no place for results")
+
+    for deliver in (fail, got.append):
+        queue.put(QueuedShare(rows(), time.monotonic() + 60, lambda: False, deliver))
+    calls = ExpertCalls(lambda _layer, hidden, *_: hidden * 2, 0, torch.device("cpu"), queue, ServeStats())
+    with caplog.at_level(logging.CRITICAL, "epmesh_server"):
+        while not got:
+            assert calls.run(10)
+    assert [each.tolist() for each in got] == [[[2.0]]]
+
+
+def test_a_desk_that_was_closed_writes_to_no_descriptor_that_took_its_numbers_place() -> None:
+    other, session_fd = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
+    session = SimpleNamespace(rank=0, wake_fd=session_fd, calm=lambda: False, view=None)
+    desk = Desk(cast(RankSession, session), ShareQueue(BatchLimits()), ServeStats())
+    number = desk._wake_fd
+    desk.close(EpmeshError("over"))
+    os.dup2(other, number)
+    try:
+        desk.take_in(cast(Incoming, Given()))
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(other)
+    finally:
+        for fd in (other, number, session_fd):
+            os.close(fd)
+
+
+def test_a_drivers_call_that_was_given_up_while_it_waited_is_forgotten() -> None:
+    worker = _GroupWorker(cast(Any, SimpleNamespace(global_rank=0)), "ep", cast(Any, None))
+    call = Given()
+    worker.put(_Task(1, cast(Incoming, call)))
+    worker.close()
+    assert len(call.refusals) == 1
