@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from epmesh import Communicator, InvalidRequest, View
+from epmesh import Communicator, InvalidRequest, StaleEpoch, View
 from epmesh.frames import tensor_meta
 from epmesh.front import FrontClient, FrontPeer, FrontReply
 from epmesh.v1 import front_pb2
 from epmesh.view import RankMode
 from epmesh_server.ranks.communicator import JoinedCommunicator
+from epmesh_server.ranks.serve_memory import ServeMemories, ServeMemory
 from epmesh_server.ranks.serving_experts import ServeStats
 from epmesh_server.ranks.tensors import as_bytes, dtype_from_name, dtype_name, from_bytes
 
@@ -94,6 +95,17 @@ def seen(folder: Path) -> tuple[int, int]:
     except FileNotFoundError:
         return 0, 0
     return int(shares), int(cancelled)
+
+
+def serve_unmapped(comm: Communicator, stop: Path, rank: int) -> ServeStats:
+    """As `serve`; `rank` comes too late to map any memory in which it is handed rows."""
+
+    def never(_: ServeMemories, membership_epoch: int) -> ServeMemory:
+        raise StaleEpoch(membership_epoch + 1)
+
+    if comm.global_rank == rank:
+        ServeMemories.of = never  # type: ignore[method-assign, assignment]
+    return serve(comm, stop)
 
 
 def serve_wrong(comm: Communicator, stop: Path, kind: str) -> None:

@@ -139,3 +139,15 @@ def test_shares_without_room_in_shared_memory_travel_as_frames(tmp_path: Path) -
                 torch.testing.assert_close(got.double(), reference(None, *rows), rtol=0.06, atol=0.06)
         (tmp_path / "stop").touch()
         done.result(30)
+
+
+def test_shares_in_memory_that_a_neighbour_cannot_map_any_more_are_sent_again_as_frames(tmp_path: Path) -> None:
+    with LocalMesh(1, 2, num_experts=EXPERTS) as mesh:
+        done = mesh.start(serve_works.serve_unmapped, tmp_path / "stop", 1)
+        with closing(PlainRouter(wait_serving(mesh.view, [0, 1]))) as router:
+            rows = some_rows(50, EXPERTS, 3, 1)
+            for entry in (0, 1):
+                got = router.forward(*rows, entry=entry)
+                torch.testing.assert_close(got.double(), reference(None, *rows), rtol=1e-5, atol=1e-5)
+        (tmp_path / "stop").touch()
+        assert [stats.failures for stats in done.result(30)] == [0, 1]  # the first try counts at the neighbour

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epmesh import InvalidRequest, NodeInfo, Placement, RankInfo, RankMode, StaleEpoch, View
-from epmesh.frames import tensor_meta
+from epmesh.frames import num_bytes, tensor_meta
 from epmesh.layout import Ints
 from epmesh_server.ranks.serving_rows import ELSEWHERE, Holders, RouterRows, Rows, parse_router_rows, parse_rows
 
@@ -163,3 +163,36 @@ def test_ids_out_of_range_and_layers_without_a_placement_are_wrong() -> None:
         holders.check(router_rows([[8]], [[0]], [4]), 4)
     with pytest.raises(InvalidRequest, match="no placement was declared for layer 2"):
         Holders(view_of(serving(4))).check(router_rows([[1]], [[0]], [4]), 4)
+
+
+METAS = st.lists(
+    st.builds(
+        tensor_meta,
+        st.sampled_from(["float32", "bfloat16", "int64", "int32", "uint8", "bool"]),
+        st.lists(st.one_of(st.integers(0, 4), st.just(1 << 40)), max_size=3),
+    ),
+    max_size=5,
+)
+
+
+@given(METAS, st.lists(st.integers(0, 200), max_size=4), st.binary(max_size=64))
+def test_whatever_comes_is_taken_or_refused_by_type(metas: list[Any], ranks: list[int], noise: bytes) -> None:
+    tensors = []
+    for meta in metas:
+        size = num_bytes_or_none(meta)
+        if size is None or size > 1 << 12:
+            return  # the front refuses it
+        tensors.append(memoryview((noise * size)[:size].ljust(size, b"\xff")))
+    try:
+        rows = parse_router_rows(None, ranks, metas, tensors)
+    except InvalidRequest:
+        return
+    for rank in rows.wanted:
+        share_of(rows, rank)
+
+
+def num_bytes_or_none(meta: Any) -> int | None:
+    try:
+        return num_bytes(meta)
+    except InvalidRequest:
+        return None

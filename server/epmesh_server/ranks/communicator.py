@@ -16,6 +16,7 @@ from epmesh_server.ranks.calls import describe
 from epmesh_server.ranks.checked_communicator import CheckedCommunicator
 from epmesh_server.ranks.collectives import Collectives
 from epmesh_server.ranks.exchange import Exchange
+from epmesh_server.ranks.front import DEFAULT_BUDGET_BYTES
 from epmesh_server.ranks.member import GroupMember
 from epmesh_server.ranks.point_to_point import PointToPoint
 from epmesh_server.ranks.serving import ServeOptions
@@ -166,7 +167,8 @@ class JoinedCommunicator(CheckedCommunicator):
         drain_s: float = 5.0,
     ) -> None:
         limits = BatchLimits(max_batch_rows=max_batch_rows, max_wait_s=max_wait_s, max_queued_bytes=max_queued_bytes)
-        options = ServeOptions(limits=limits, drain_s=drain_s)
+        budget_bytes = max(max_queued_bytes, DEFAULT_BUDGET_BYTES)
+        options = ServeOptions(limits=limits, budget_bytes=budget_bytes, drain_s=drain_s)
         if not callable(experts):
             raise InvalidRequest(f"experts is {experts!r:.80}; it must be callable")
         self._rank_process.check_not_serving()

@@ -93,7 +93,7 @@ def parse_rows(layer: int | None, metas: Sequence[frame_pb2.TensorMeta], tensors
     hidden, weights, ids = metas[:3]
     for name, meta in (("hidden_states", hidden), ("topk_weights", weights), ("topk_ids", ids)):
         if len(meta.shape) != 2 or meta.shape[0] != hidden.shape[0]:
-            raise InvalidRequest(f"{name} is {_text(meta)}; it must have 2 dimensions, and {hidden.shape[0]} rows")
+            raise InvalidRequest(f"{name} is {_text(meta)}; all must have 2 dimensions, and as many rows")
     if list(weights.shape) != list(ids.shape):
         raise InvalidRequest(f"topk_weights is {list(weights.shape)} and topk_ids {list(ids.shape)}; make them equal")
     if ids.dtype not in _ID_DTYPES:
