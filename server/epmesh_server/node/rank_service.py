@@ -91,8 +91,9 @@ class RankService(rank_service_pb2_grpc.RankServiceServicer):
         self, host: RankHost, entry: LocalRank, requests: AsyncIterator[wire.RankSessionRequest], context: _Context
     ) -> None:
         """Until the stream breaks, the rank leaves, or its membership ends."""
+        notices = _Notices(context)
         reader = asyncio.create_task(_read(host, entry, requests))
-        writer = asyncio.create_task(self._tell(entry, context))
+        writer = asyncio.create_task(self._tell(entry, notices))
         ended = asyncio.create_task(entry.ended.wait())
         tasks = (reader, writer, ended)
         try:
@@ -107,7 +108,7 @@ class RankService(rank_service_pb2_grpc.RankServiceServicer):
         if entry.left:
             await self._departed(entry)
         else:
-            await _last_word(entry, context)
+            await _last_word(entry, notices)
 
     async def _departed(self, entry: LocalRank) -> None:
         """Until no view has the rank, so that its links stay up for what its peers still finish."""
@@ -118,14 +119,31 @@ class RankService(rank_service_pb2_grpc.RankServiceServicer):
                     await self._board.newer_than(view.epoch)
                     view = self._board.view
 
-    async def _tell(self, entry: LocalRank, context: _Context) -> None:
+    async def _tell(self, entry: LocalRank, notices: _Notices) -> None:
         opened = wire.RankOpened(rank=entry.rank, local_rank=entry.local_rank, token=entry.token)
-        await context.write(wire.RankSessionResponse(opened=opened))
+        await notices.write(wire.RankSessionResponse(opened=opened))
         epoch = 0
         while True:
             view = await self._board.newer_than(epoch)
             epoch = view.epoch
-            await context.write(wire.RankSessionResponse(view=view))
+            await notices.write(wire.RankSessionResponse(view=view))
+
+
+class _Notices:
+    """What is written to one rank, one after the other: gRPC refuses a write while another one is under way, also where
+    whoever began that was cancelled meanwhile."""
+
+    def __init__(self, context: _Context) -> None:
+        self._context = context
+        self._turn = asyncio.Lock()
+
+    async def write(self, notice: wire.RankSessionResponse) -> None:
+        """Writes a notice after those before it; a caller that is cancelled leaves it on its way."""
+        await asyncio.shield(self._write(notice))
+
+    async def _write(self, notice: wire.RankSessionResponse) -> None:
+        async with self._turn:
+            await self._context.write(notice)
 
 
 async def _read(host: RankHost, entry: LocalRank, requests: AsyncIterator[wire.RankSessionRequest]) -> None:
@@ -140,11 +158,11 @@ async def _read(host: RankHost, entry: LocalRank, requests: AsyncIterator[wire.R
             return
 
 
-async def _last_word(entry: LocalRank, context: _Context) -> None:
+async def _last_word(entry: LocalRank, notices: _Notices) -> None:
     """Says why the session is over, to a process that may be stopped."""
     error = entry.error or MeshUnavailable("the session is over")
     try:
         async with asyncio.timeout(_LAST_WORD_S):
-            await context.write(wire.RankSessionResponse(error=error.to_proto()))
+            await notices.write(wire.RankSessionResponse(error=error.to_proto()))
     except (TimeoutError, grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError) as exc:
         _log.debug("rank %d: last word not heard: %s", entry.rank, exc)
