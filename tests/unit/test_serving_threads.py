@@ -77,5 +77,5 @@ def test_a_drivers_call_that_was_given_up_while_it_waited_is_forgotten() -> None
     worker = _GroupWorker(cast(Any, SimpleNamespace(global_rank=0)), "ep", cast(Any, None))
     call = Given()
     worker.put(_Task(1, cast(Incoming, call)))
-    worker.close()
+    assert worker.end(time.monotonic() + 5.0)
     assert len(call.refusals) == 1
