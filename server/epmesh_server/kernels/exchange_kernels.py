@@ -337,21 +337,26 @@ def dispatch(
                         )
 
 
-@triton.jit(do_not_specialize=["stamp"])
+# One variant for all shapes, loaded before the first dispatch: loading waits for kernels that run, and this one is
+# launched behind a dispatch that may wait for a rank that waits for this rank's host.
+_AS_THEY_COME = ["own", "words", "local", "tokens", "positions", "origins", "stamp", "num_rows", "programs"]
+
+
+@triton.jit(do_not_specialize=[*_AS_THEY_COME, "heads_at", "recv_at", "region_stride"])
 def index_rows(
     own,  # this rank's arena
     words,
     local,
     tokens,  # [WORLD] int32, written: rows of each source
-    positions,  # [WORLD * ROWS] int32, written: where a row stands among the received ones, -1: nowhere
-    origins,  # [WORLD * ROWS] int32, written: for each received row, source * ROWS + row
+    positions,  # [WORLD * num_rows] int32, written: where a row stands among the received ones, -1: nowhere
+    origins,  # [WORLD * num_rows] int32, written: for each received row, source * num_rows + row
     stamp,
-    ROWS: tl.constexpr,
+    num_rows,
+    programs,
+    heads_at,
+    recv_at,
+    region_stride,
     WORLD: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    HEADS_AT: tl.constexpr,
-    RECV_AT: tl.constexpr,
-    REGION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Exact mode, one program: numbers the received rows, and tells the host their counts and what went wrong."""
@@ -363,16 +368,16 @@ def index_rows(
     total = turn * 0
     for source in tl.static_range(WORLD):
         index = (turn * WORLD + source).to(tl.int64)
-        region = _halves(own + RECV_AT + index * REGION)
-        rows = tl.load(_halves(own + HEADS_AT + index * PROGRAMS * 16))
+        region = _halves(own + recv_at + index * region_stride)
+        rows = tl.load(_halves(own + heads_at + index * programs * 16))
         rows = tl.where(worst == 0, rows, 0)
         before = total
         for start in range(0, rows, BLOCK):
             row = start + tl.arange(0, BLOCK)
             here = tl.load(region + row, mask=row < rows, other=0)
             place = total + tl.cumsum(here, axis=0) - 1
-            tl.store(_halves(positions) + source * ROWS + row, tl.where(here != 0, place, -1), mask=row < rows)
-            tl.store(_halves(origins) + place, source * ROWS + row, mask=(here != 0) & (row < rows))
+            tl.store(_halves(positions) + source * num_rows + row, tl.where(here != 0, place, -1), mask=row < rows)
+            tl.store(_halves(origins) + place, source * num_rows + row, mask=(here != 0) & (row < rows))
             total += tl.sum(here, axis=0)
         tl.store(_halves(tokens) + source, rows)
         count = (total - before).to(tl.int64)

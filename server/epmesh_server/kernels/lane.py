@@ -18,6 +18,7 @@ import triton.language as tl
 from epmesh.errors import InvalidRequest
 from epmesh.layout import Routing
 from epmesh_server.kernels import exchange_kernels as kernels
+from epmesh_server.kernels.launcher import Launcher
 from epmesh_server.kernels.plan import MAX_TENSORS, MAX_TOPK, TURNS, ArenaPlan, RowPlan, block_of, plan_rows, unit_of
 from epmesh_server.kernels.status import Code, Report, count_in, decode, done_report
 from epmesh_server.ranks.tensors import accumulator, dtype_name, row_bytes
@@ -28,8 +29,8 @@ _ABORT, _REPORT, _TURN = 0, 1, 2  # words that host and device share; of each tu
 _WORST_SHOWN, _BROKEN, _COUNTERS = 1, 2, 8  # words of the device
 _IDS_AT = 2
 _MOST_AT_ONCE = 2048
-_WARPS = 8
 _INDEX_BLOCK = 1024
+_NO_STAMP = 1 << 40  # no exchange has it: sequence numbers begin with 1
 
 _ALL_PHASES = (True, True)
 
@@ -154,7 +155,10 @@ class Lane:
         self._shared = shared.pin_memory() if self._clock else shared
         self._words: npt.NDArray[np.int64] = self._shared.numpy()
         self._local = torch.zeros(_COUNTERS + 2 * plan.programs, dtype=torch.int64, device=device)
+        self._launch = Launcher()
         self._row_plans: dict[tuple[int, ...], RowPlan] = {}
+        if not self.counted:
+            self._load_index()
 
     @property
     def counted(self) -> bool:
@@ -258,22 +262,22 @@ class Lane:
         if num_rows:
             addresses = tuple(tensor.data_ptr() for tensor in outputs)
             units = tuple(unit_of(width, at) for width, at in zip(rows.widths, addresses, strict=True))
-            kernels.take_rows[(min(num_rows, 4 * plan.programs),)](
-                self._bases[self._me],
-                sent.origins.data_ptr(),
-                addresses,
-                num_rows,
-                stamp,
-                ROWS=sent.rows,
-                WIDTHS=rows.widths,
-                UNITS=units,
-                BLOCKS=_blocks(rows.widths, units),
-                OFFSETS=row_plan.offsets,
-                NUM=len(addresses),
-                WORLD=plan.world_size,
-                RECV_AT=plan.recv_at,
-                REGION=plan.region_stride,
-                num_warps=_WARPS,
+            self._launch(
+                kernels.take_rows,
+                min(num_rows, 4 * plan.programs),
+                (self._bases[self._me], sent.origins.data_ptr(), addresses, num_rows, stamp),
+                {
+                    "ROWS": sent.rows,
+                    "WIDTHS": rows.widths,
+                    "UNITS": units,
+                    "BLOCKS": _blocks(rows.widths, units),
+                    "OFFSETS": row_plan.offsets,
+                    "NUM": len(addresses),
+                    "WORLD": plan.world_size,
+                    "RECV_AT": plan.recv_at,
+                    "REGION": plan.region_stride,
+                },
+                _alignment(sent.origins.data_ptr(), *addresses),
             )
         return outputs
 
@@ -302,41 +306,39 @@ class Lane:
         if output is None:
             output = results.new_empty((len(sent.hits), results.shape[1]))
         unit = unit_of(width, results.data_ptr())
-        kernels.combine[(plan.programs,)](
-            results,
-            output,
-            sent.hits,
-            self._bases,
-            self._bases[self._me],
-            self._shared.data_ptr(),
-            self._local.data_ptr(),
-            self._address(sent.tokens),
-            self._address(sent.positions),
-            len(sent.hits),
-            self._base_stamp if self.counted else stamp,
-            signature,
-            int(Code.REFUSED) if refused else 0,
-            self._limit,
-            slot,
-            self._me,
-            HIDDEN=results.shape[1],
-            WIDTH=width,
-            ROWS=sent.rows,
-            UNIT=unit,
-            BLOCK=_sum_block(results.shape[1]),
-            COPY_BLOCK=block_of(width, unit, _MOST_AT_ONCE),
-            WIDE=_type(accumulator(results.dtype, "combine")),
-            WORLD=plan.world_size,
-            FLAGS_AT=plan.out_flags_at,
-            HEADS_AT=plan.out_heads_at,
-            OUT_AT=plan.out_at,
-            OUT=plan.out_stride,
-            STATIC=sent.tokens is None,
-            COUNTED=self.counted,
-            PUT=phases[0],
-            TAKE=phases[1],
-            CLOCK=self._clock,
-            num_warps=_WARPS,
+        addresses = self._address(sent.tokens), self._address(sent.positions)
+        self._launch(
+            kernels.combine,
+            plan.programs,
+            (
+                *(results, output, sent.hits, self._bases, self._bases[self._me]),
+                *(self._shared.data_ptr(), self._local.data_ptr(), *addresses),
+                *(len(sent.hits), self._base_stamp if self.counted else stamp, signature),
+                *(int(Code.REFUSED) if refused else 0, self._limit, slot, self._me),
+            ),
+            {
+                "HIDDEN": results.shape[1],
+                "WIDTH": width,
+                "ROWS": sent.rows,
+                "UNIT": unit,
+                "BLOCK": _sum_block(results.shape[1]),
+                "COPY_BLOCK": block_of(width, unit, _MOST_AT_ONCE),
+                "WIDE": _type(accumulator(results.dtype, "combine")),
+                "WORLD": plan.world_size,
+                "FLAGS_AT": plan.out_flags_at,
+                "HEADS_AT": plan.out_heads_at,
+                "OUT_AT": plan.out_at,
+                "OUT": plan.out_stride,
+                "STATIC": sent.tokens is None,
+                "COUNTED": self.counted,
+                "PUT": phases[0],
+                "TAKE": phases[1],
+                "CLOCK": self._clock,
+            },
+            (
+                *(results.dtype, output.dtype),
+                *_alignment(*addresses, *(each.data_ptr() for each in (results, output, sent.hits))),
+            ),
         )
         return output
 
@@ -371,69 +373,67 @@ class Lane:
         units = tuple(unit_of(*each) for each in zip(rows.widths, sources, targets, strict=True))
         num_topk = rows.tensors[2].shape[1] if table is not None else 1
         turns = _occurrence(rows.tensors[2]) if table is not None and table.choices > 1 else None
-        kernels.dispatch[(plan.programs,)](
-            sources,
-            targets,
-            self._bases,
-            self._bases[self._me],
-            self._shared.data_ptr(),
-            self._local.data_ptr(),
-            self._address(table.entries if table is not None else None),
-            self._address(turns),
-            self._address(sent.hits),
-            self._address(sent.positions),
-            0 if refused else rows.num_tokens,
-            self._base_stamp if self.counted else stamp,
-            signature,
-            int(Code.REFUSED) if refused else 0,
-            self._limit,
-            table.first_turn if table is not None else 0,
-            len(table.entries) if table is not None else 0,
-            self._me,
-            WIDTHS=rows.widths,
-            UNITS=units,
-            BLOCKS=_blocks(rows.widths, units),
-            OFFSETS=row_plan.offsets,
-            NUM=len(sources),
-            ROUTED=table is not None,
-            ELIGIBLE=rows.eligible,
-            CHOICES=table.choices if table is not None else 1,
-            TOPK=num_topk,
-            PAD=max(2, 1 << (num_topk - 1).bit_length()),
-            IDS=_type(torch.int64 if table is None else rows.tensors[2].dtype),
-            FILLS=_fills(units, rows.has_ids),
-            WORLD=plan.world_size,
-            FLAGS_AT=plan.recv_flags_at,
-            HEADS_AT=plan.recv_heads_at,
-            RECV_AT=plan.recv_at,
-            REGION=plan.region_stride,
-            STATIC_ROWS=static_rows,
-            COUNTED=self.counted,
-            PUT=phases[0],
-            TAKE=phases[1],
-            CLOCK=self._clock,
-            num_warps=_WARPS,
+        addresses = tuple(
+            self._address(each)
+            for each in (table.entries if table is not None else None, turns, sent.hits, sent.positions)
+        )
+        self._launch(
+            kernels.dispatch,
+            plan.programs,
+            (
+                *(sources, targets, self._bases, self._bases[self._me], self._shared.data_ptr()),
+                *(self._local.data_ptr(), *addresses, 0 if refused else rows.num_tokens),
+                *(self._base_stamp if self.counted else stamp, signature, int(Code.REFUSED) if refused else 0),
+                *(self._limit, table.first_turn if table is not None else 0),
+                *(len(table.entries) if table is not None else 0, self._me),
+            ),
+            {
+                "WIDTHS": rows.widths,
+                "UNITS": units,
+                "BLOCKS": _blocks(rows.widths, units),
+                "OFFSETS": row_plan.offsets,
+                "NUM": len(sources),
+                "ROUTED": table is not None,
+                "ELIGIBLE": rows.eligible,
+                "CHOICES": table.choices if table is not None else 1,
+                "TOPK": num_topk,
+                "PAD": max(2, 1 << (num_topk - 1).bit_length()),
+                "IDS": _type(torch.int64 if table is None else rows.tensors[2].dtype),
+                "FILLS": _fills(units, rows.has_ids),
+                "WORLD": plan.world_size,
+                "FLAGS_AT": plan.recv_flags_at,
+                "HEADS_AT": plan.recv_heads_at,
+                "RECV_AT": plan.recv_at,
+                "REGION": plan.region_stride,
+                "STATIC_ROWS": static_rows,
+                "COUNTED": self.counted,
+                "PUT": phases[0],
+                "TAKE": phases[1],
+                "CLOCK": self._clock,
+            },
+            _alignment(*sources, *targets, *addresses),
         )
 
     def index_rows(self, sent: Sent, stamp: int) -> None:
         """Exact mode: numbers the received rows; then `outcome` and `counts` become known."""
+        addresses = [self._address(each) for each in (sent.tokens, sent.positions, sent.origins)]
+        self._launch_index(addresses, sent.rows, stamp)
+
+    def _load_index(self) -> None:
+        """Has the kernel of `index_rows` compiled and loaded, while no other one waits; there are no rows yet."""
+        nowhere = self._new(self.plan.world_size)
+        self._launch_index([nowhere.data_ptr()] * 3, 1, _NO_STAMP)
+
+    def _launch_index(self, addresses: Sequence[int], rows: int, stamp: int) -> None:
         plan = self.plan
-        kernels.index_rows[(1,)](
-            self._bases[self._me],
-            self._shared.data_ptr(),
-            self._local.data_ptr(),
-            self._address(sent.tokens),
-            self._address(sent.positions),
-            self._address(sent.origins),
-            stamp,
-            ROWS=sent.rows,
-            WORLD=plan.world_size,
-            PROGRAMS=plan.programs,
-            HEADS_AT=plan.recv_heads_at,
-            RECV_AT=plan.recv_at,
-            REGION=plan.region_stride,
-            BLOCK=_INDEX_BLOCK,
-            num_warps=_WARPS,
+        self._launch(
+            kernels.index_rows,
+            1,
+            (
+                *(self._bases[self._me], self._shared.data_ptr(), self._local.data_ptr(), *addresses, stamp, rows),
+                *(plan.programs, plan.recv_heads_at, plan.recv_at, plan.region_stride),
+            ),
+            {"WORLD": plan.world_size, "BLOCK": _INDEX_BLOCK},
         )
 
     def _row_plan(self, widths: tuple[int, ...]) -> RowPlan:
@@ -448,6 +448,11 @@ class Lane:
     def _address(self, tensor: torch.Tensor | None) -> int:
         """Of the data; some address that is never read where there is none."""
         return (tensor.data_ptr() if tensor is not None else 0) or self._bases[self._me]
+
+
+def _alignment(*addresses: int) -> tuple[bool, ...]:
+    """What Triton looks at in an address."""
+    return tuple(address % 16 == 0 for address in addresses)
 
 
 def _blocks(widths: Sequence[int], units: Sequence[int]) -> tuple[int, ...]:

@@ -436,6 +436,8 @@ class CudaWayThere:
 
     def _open_door(self) -> None:
         """Posts the call, or why this rank's ids cannot be routed."""
+        if self._lane is not None:
+            self._lane.abort(self._stamp)  # first: looking at the ids waits for the device
         if self._rows is not None:
             try:
                 with refusals():
@@ -448,8 +450,6 @@ class CudaWayThere:
 
     def _pass_door(self) -> None:
         """Compares all calls, and launches once there is memory for them."""
-        if self._lane is not None:
-            self._lane.abort(self._stamp)
         assert self._door is not None
         calls = self._door.wait()
         assert self._rows is not None  # its refusal was raised on all ranks
