@@ -103,8 +103,10 @@ class RankService(rank_service_pb2_grpc.RankServiceServicer):
             host.died(entry, "its session broke")
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            entry.release()
+            try:
+                await asyncio.gather(*tasks, return_exceptions=True)
+            finally:  # also where this handler is cancelled once more
+                entry.release()
         if entry.left:
             await self._departed(entry)
         else:
