@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from epmesh import EpmeshError
-from epmesh_server.ranks.driven import _GroupWorker, _Task
+from epmesh_server.driver_tokens import make_token
+from epmesh_server.ranks.driven import DrivenRank, _GroupWorker, _Task
 from epmesh_server.ranks.front import Incoming
 from epmesh_server.ranks.serving_batch import BatchLimits
 from epmesh_server.ranks.serving_desk import Desk
@@ -28,7 +29,7 @@ class Given:
     cancelled = True
 
     def __init__(self) -> None:
-        self.request = SimpleNamespace(WhichOneof=lambda _: "serve_rows")
+        self.request: Any = SimpleNamespace(WhichOneof=lambda _: "serve_rows")
         self.refusals: list[EpmeshError] = []
 
     def refuse(self, error: EpmeshError) -> None:
@@ -79,3 +80,32 @@ def test_a_drivers_call_that_was_given_up_while_it_waited_is_forgotten() -> None
     worker.put(_Task(1, cast(Incoming, call)))
     assert worker.end(time.monotonic() + 5.0)
     assert len(call.refusals) == 1
+
+
+def test_groups_that_are_no_more_keep_no_threads() -> None:
+    groups = {"ep"}
+    view = SimpleNamespace(has_group=groups.__contains__)
+    session = SimpleNamespace(token=b"secret", driver_memory=None)
+    comm = SimpleNamespace(global_rank=0, view=view, _rank_process=SimpleNamespace(session=session))
+    driven, token = DrivenRank(cast(Any, comm)), make_token(b"secret", 1)
+
+    def call(group: str) -> None:
+        given = Given()
+        driver_call = SimpleNamespace(token=token, group=group)
+        given.request = SimpleNamespace(WhichOneof=lambda _: "driver_call", driver_call=driver_call)
+        driven.handle(cast(Incoming, given))
+
+    call("ep")
+    ended = []
+    for number in range(5):
+        groups.add(f"g{number}")
+        call(f"g{number}")
+        ended.append(driven._workers[f"g{number}"]._thread)
+        groups.remove(f"g{number}")
+    groups.add("last")
+    call("last")
+    for thread in ended:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in ended)
+    assert sorted(driven._workers) == ["ep", "last"]
+    driven.close()

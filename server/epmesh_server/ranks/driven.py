@@ -94,10 +94,16 @@ class DrivenRank:
         self._number = number
         worker = self._workers.get(call.group)
         if worker is None:
+            self._retire()
             if not self._comm.view.has_group(call.group) and len(self._workers) >= _MAX_UNKNOWN:
                 raise InvalidRequest(f"there is no group {call.group[:80]!r}")
             worker = self._workers[call.group] = _GroupWorker(self._comm, call.group, self._memory)
         worker.put(_Task(number, incoming))
+
+    def _retire(self) -> None:
+        """Lets the threads of groups go that are no more, after what they have to do."""
+        for group in [group for group in self._workers if not self._comm.view.has_group(group)]:
+            self._workers.pop(group).end(0.0)
 
     def close(self) -> None:
         """Refuses what comes later; what is under way has a moment to end well, and is given up then."""
