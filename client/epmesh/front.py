@@ -149,8 +149,12 @@ class _Connection:
         self.pending: dict[int, _Pending] = {}
         self.up_by: float | None = time.monotonic() + _CONNECT_WITHIN_S  # None once hands were shaken
         self.socket = context.socket(zmq.DEALER)
-        configure_front_socket(self.socket)
-        self.monitor = self.socket.get_monitor_socket(_WATCHED)
+        try:
+            configure_front_socket(self.socket)
+            self.monitor = self.socket.get_monitor_socket(_WATCHED)
+        except zmq.ZMQError:
+            self.socket.close(0)
+            raise
         try:
             self.socket.connect(peer.endpoint)
         except zmq.ZMQError as exc:
@@ -185,9 +189,11 @@ class _Core:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread: threading.Thread | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))  # a rank takes three; 1,023 otherwise
         self._poller = zmq.Poller()  # this and what follows is the thread's alone
         self._connections: dict[FrontPeer, _Connection] = {}
-        self._deadlines: list[tuple[float, int, _Pending]] = []
+        # Not the requests themselves: answers behind one that is long in coming would be kept until it comes.
+        self._deadlines: list[tuple[float, int, FrontPeer]] = []
         self._ending = False
 
     def call(
@@ -253,6 +259,7 @@ class _Core:
                 if connection.monitor in ready and connection.lost():
                     self._drop(connection, "its connection broke")
             self._expire(time.monotonic())
+            self._drop_unanswered(time.monotonic())
         for connection in list(self._connections.values()):
             self._drop(connection, "", MeshUnavailable("this client was closed"))
         while not self._commands.empty():  # requests that were queued before the end
@@ -283,9 +290,13 @@ class _Core:
         except EpmeshError as exc:
             _fail(pending.future, exc)
             return
+        except zmq.ZMQError as exc:  # no descriptors are left, say: this request's trouble, not the thread's
+            rank = pending.peer.rank
+            _fail(pending.future, MeshUnavailable(f"no connection to rank {rank} from here: {exc}; see `ulimit -n`"))
+            return
         pending.frames = []  # ZeroMQ holds them for as long as it needs them
         connection.pending[pending.number] = pending
-        heapq.heappush(self._deadlines, (pending.deadline, pending.number, pending))
+        heapq.heappush(self._deadlines, (pending.deadline, pending.number, pending.peer))
 
     def _connect(self, peer: FrontPeer) -> _Connection:
         connection = self._connections[peer] = _Connection(self._context, peer)
@@ -338,11 +349,18 @@ class _Core:
         connection.socket.send(request.SerializeToString(), flags=zmq.NOBLOCK)
 
     def _expire(self, now: float) -> None:
-        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][2].future.done()):
-            _, _, pending = heapq.heappop(self._deadlines)
-            self._give_up(pending.peer, pending.number)
-            rank = pending.peer.rank
-            _fail(pending.future, DeadlineExceeded(rank, 0, f"rank {rank} did not answer in time"))
+        while self._deadlines:
+            deadline, number, peer = self._deadlines[0]
+            connection = self._connections.get(peer)
+            pending = connection.pending.get(number) if connection is not None else None
+            if pending is not None and deadline > now:
+                return
+            heapq.heappop(self._deadlines)
+            if pending is not None:
+                self._give_up(peer, number)
+                _fail(pending.future, DeadlineExceeded(peer.rank, 0, f"rank {peer.rank} did not answer in time"))
+
+    def _drop_unanswered(self, now: float) -> None:
         for connection in list(self._connections.values()):
             if connection.up_by is not None and connection.up_by <= now:
                 self._drop(connection, f"nothing answers at {connection.peer.endpoint}")

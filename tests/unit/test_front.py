@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import queue
 import socket
@@ -96,6 +97,46 @@ def test_a_request_that_ended_is_let_go_at_once(front: Front, client: FrontClien
         assert eventually(lambda: ended() is None)
     finally:
         gc.enable()
+
+
+def test_an_answer_is_let_go_while_an_earlier_request_still_waits(front: Front, client: FrontClient) -> None:
+    waiting: queue.Queue[Incoming] = queue.Queue()
+    front.handle(waiting.put)
+    late = client.call(peer(front), rows(b"late"), [b"late"], timeout_s=5)
+    waiting.get(timeout=5)
+    front.handle(echo)
+    gc.disable()
+    try:
+        future = client.call(peer(front), rows(b"a" * 500), [b"a" * 500], timeout_s=6)
+        future.result(5)
+        ended = weakref.ref(future)
+        del future
+        client.call(peer(front), rows(), timeout_s=6).result(5)  # the thread has gone on when this one is there
+        assert eventually(lambda: ended() is None)
+        assert not late.done()
+    finally:
+        gc.enable()
+
+
+def test_one_client_reaches_more_ranks_than_zeromq_allows_sockets_by_default(client: FrontClient) -> None:
+    assert client._core._context.get(zmq.MAX_SOCKETS) > 3 * 1024
+
+
+def test_a_connection_that_cannot_be_opened_fails_its_request_and_no_other(
+    front: Front, client: FrontClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: Any) -> Any:
+        raise zmq.ZMQError(errno.EMFILE)
+
+    front.handle(echo)
+    client.call(peer(front), rows(), timeout_s=5).result(5)
+    with monkeypatch.context() as patched:
+        patched.setattr(client._core._context, "socket", none_left)
+        with pytest.raises(MeshUnavailable, match="ulimit"):
+            client.call(peer(front, rank=RANK + 1), rows(), timeout_s=5).result(5)
+        client.call(peer(front), rows(), timeout_s=5).result(5)
+    with pytest.raises(StaleEpoch):  # it is reached, and is another rank
+        client.call(peer(front, rank=RANK + 1), rows(), timeout_s=5).result(5)
 
 
 def test_errors_come_back_typed_whoever_raises_them(front: Front, client: FrontClient) -> None:
