@@ -105,6 +105,19 @@ def test_survivors_get_peer_lost_and_go_on_when_a_rank_is_stopped(inbox: Inbox) 
 
 
 @pytest.mark.fault
+def test_a_graph_of_an_older_view_gives_up_and_says_so(inbox: Inbox) -> None:
+    with mesh() as three:
+        future = three.start(works.replay_after_a_loss, inbox.path, 1)
+        inbox.lines(3)
+        three.kill_rank(1)
+        results = future.result(90)
+    for lost, stale, total in (results[0], results[2]):
+        assert lost.startswith("PeerLost: ")
+        assert stale.startswith("InvalidRequest: a CUDA graph was replayed")
+        assert total == [1.0, 1.0]
+
+
+@pytest.mark.fault
 def test_a_late_rank_is_named_and_the_group_goes_on() -> None:
     with mesh(2, 2, exchange_timeout_s=20.0) as two:
         two.run(on_device, faults.exchange, [0, 1])  # compiles, with patience

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from epmesh import Communicator
+from epmesh import Communicator, EpmeshError
+from tests.integration.mesh_works import tell
 
 HIDDEN, TOPK, EXPERTS_A_RANK = 256, 4, 8
 
@@ -90,6 +94,47 @@ def refuse_one_static(comm: Communicator, victim: int) -> tuple[str, list[float]
     torch.cuda.synchronize()
     comm.check()
     return error, total[:, 0].tolist()
+
+
+def replay_after_a_loss(comm: Communicator, inbox: Path, victim: int) -> tuple[str, str, list[float]]:
+    """Captures an exchange, loses a member, and replays: what is raised before and after, and what an exchange gives."""
+    rows = torch.ones(2, 8, device=comm.device)
+    ids = torch.zeros(2, 1, dtype=torch.int64, device=comm.device)
+    weights = torch.ones(2, 1, device=comm.device)
+
+    def exchange() -> torch.Tensor:
+        return comm.combine(comm.dispatch(rows, weights, ids, static=True)[0])
+
+    exchange()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        exchange()
+    graph.replay()
+    torch.cuda.synchronize()
+    comm.check()
+    tell(inbox, "ready", comm.global_rank)
+    if comm.global_rank == victim:
+        time.sleep(60)
+    graph.replay()
+    torch.cuda.synchronize()  # the kernels give up once the member is lost
+    lost = _error(comm.check)
+    comm.wait_ready(20.0)
+    graph.replay()
+    torch.cuda.synchronize()
+    stale = _error(comm.check)
+    total = exchange()
+    torch.cuda.synchronize()
+    comm.check()
+    return lost, stale, total[:, 0].tolist()
+
+
+def _error(call: Callable[[], None]) -> str:
+    try:
+        call()
+    except EpmeshError as exc:
+        return f"{type(exc).__name__}: {exc}"
+    return ""
 
 
 def exchange_and_measure(comm: Communicator, times: int) -> tuple[int, int]:

@@ -189,9 +189,12 @@ class Lane:
         self._words[_REPORT] = 0
 
     def retire(self) -> None:
-        """Ends all waits, now and in graphs that are replayed later, which report that they were."""
+        """Ends all waits, in graphs that are replayed later too: they report that they were. Waits for the device."""
         self.abort()
         self._local[_BROKEN] = 1
+        if self._clock:
+            torch.cuda.synchronize(self._device)
+        self.forget_report()
 
     def outcome(self, stamp: int) -> tuple[bool, Report | None]:
         """Whether the dispatch of `stamp` is over, and what went wrong in it."""

@@ -15,7 +15,7 @@ import torch
 from epmesh.errors import InvalidRequest
 from epmesh.layout import Layout, Routing
 from epmesh.view import View
-from epmesh_server.kernels.lane import Rows, Table
+from epmesh_server.kernels.lane import Lane, Rows, Table
 from epmesh_server.kernels.plan import MAX_WORLD_SIZE
 from epmesh_server.ranks import arguments as args
 from epmesh_server.ranks.communicator import JoinedCommunicator
@@ -34,26 +34,24 @@ class CudaCommunicator(JoinedCommunicator):
     def __init__(self, rank: RankProcess, name: str, view: View) -> None:
         """Takes the rank's place in the group `name` of `view`."""
         self._tables: dict[int, tuple[Routing, Table]] = {}  # by id: a routing is known by itself
-        self._kept: list[
-            Arenas
-        ] = []  # of older epochs; CUDA graphs captured then may be replayed, and must find memory
+        self._kept: dict[Lane, Arenas] = {}  # of older epochs; CUDA graphs captured then must find memory if replayed
         super().__init__(rank, name, view)
 
     def _new_exchange(self) -> CudaExchange:
         self._tables = {}
         limit = self.max_tokens_per_rank
-        return CudaExchange(self._member, self._stats, self._turn, self.device, limit)
+        return CudaExchange(self._member, self._stats, self._turn, self.device, limit, self._kept.keys())
 
     def _let_go(self) -> None:
-        self._kept += self._exchange.close()
+        self._kept.update(self._exchange.close())
         super()._let_go()
 
     def destroy(self) -> None:
         """Leaves; graphs that were captured with this communicator must not be replayed afterwards."""
         super().destroy()
-        kept, self._kept = self._kept, []
-        for arenas in kept:
+        for arenas in self._kept.values():
             arenas.close()
+        self._kept.clear()
 
     def check(self) -> None:
         super().check()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NoReturn
@@ -79,14 +79,20 @@ class CudaExchange(Exchange):
         turn: Callable[[], AbstractContextManager[None]],
         device: torch.device,
         max_tokens_per_rank: int | None,
+        older: Collection[Lane] = (),
     ) -> None:
-        """Starts with nothing open and no memory; arguments as `OpenExchanges` takes them."""
+        """Starts with nothing open and no memory; arguments as `OpenExchanges` takes them.
+
+        Args:
+            older: lanes of earlier views, which graphs that were captured then may still run.
+        """
         super().__init__(member, stats, turn)
         self.device = device
         self.exact: Lane | None = None
         self._static: Lane | None = None
         self._arenas: dict[Lane, Arenas] = {}
         self._least_rows = max_tokens_per_rank or 1
+        self._older = older
         self._sent: dict[OpenExchange, Sent] = {}
         self._stream: torch.cuda.Stream | None = None
         self._watch = Watch(member, self._abort_all)
@@ -175,19 +181,21 @@ class CudaExchange(Exchange):
         Raises:
             EpmeshError: `PeerLost` and `StaleEpoch` where those are why a kernel was given up.
         """
-        for lane in list(self._arenas):
+        for lane in [*self._arenas, *self._older]:
             report = lane.report()
             if report is None:
                 continue
-            if not torch.cuda.is_current_stream_capturing():
-                lane.forget_report()
+            if torch.cuda.is_current_stream_capturing():
+                raise error_of(report, self.rank_of(report), "an exchange before the capture")
+            lane.forget_report()
             if lane is self._static:
-                self._retire(lane, keep=True)
-                self._static = None
+                self._drop_static()
+            elif lane is not self.exact:
+                raise InvalidRequest(
+                    "a CUDA graph was replayed that is older than the memory of static mode; capture anew"
+                )
             if report.code in (Code.ABORTED, Code.LATE):
                 self.member.check(0)
-            if lane is not self.exact and lane is not self._static and report.code is Code.ABORTED:
-                raise InvalidRequest("static mode began anew after an error; capture CUDA graphs of it again")
             raise error_of(report, self.rank_of(report), "an exchange")
 
     def hear(self, sequence: int) -> None:
@@ -219,12 +227,12 @@ class CudaExchange(Exchange):
         self._retire(self._static, keep=True)
         self.exact = self._static = None
 
-    def close(self) -> list[Arenas]:
+    def close(self) -> dict[Lane, Arenas]:
         """Ends all waits and frees memory; returns what captured graphs may still refer to, for the caller to close."""
         self._watch.close()
         for lane in self._arenas:
             lane.retire()
-        kept = [arenas for lane, arenas in self._arenas.items() if lane.counted]
+        kept = {lane: arenas for lane, arenas in self._arenas.items() if lane.counted}
         for lane, arenas in self._arenas.items():
             if not lane.counted:
                 arenas.close()
@@ -307,7 +315,7 @@ class CudaExchange(Exchange):
 
     def _refuse_static(self, error: EpmeshError) -> NoReturn:
         """Tells the others by the device, and raises; they hear of it at a later call, and static mode begins anew."""
-        if self._static is not None:
+        if self._static is not None and not torch.cuda.is_current_stream_capturing():
             nothing = torch.zeros((0, 1), dtype=torch.uint8, device=self.device)
             self._static.dispatch(Rows((nothing,), None, 0, False), 0, refused=True, phases=(True, False))
             self._drop_static()
@@ -542,9 +550,10 @@ def _combine(
             lane.check_results(row_bytes(hidden_states))
     except EpmeshError:
         nothing = torch.zeros((0, 1), device=owner.device)
-        lane.combine(nothing, sent, 0, stamp=flag, slot=exchange.slot, refused=True, phases=(True, False))
-        if lane.counted:
-            owner._drop_static()
+        if not torch.cuda.is_current_stream_capturing():
+            lane.combine(nothing, sent, 0, stamp=flag, slot=exchange.slot, refused=True, phases=(True, False))
+            if lane.counted:
+                owner._drop_static()
         raise
     into = output if output is not None and output.is_contiguous() else None
     result = lane.combine(
