@@ -97,7 +97,7 @@ def refuse_one_static(comm: Communicator, victim: int) -> tuple[str, list[float]
 
 
 def replay_after_a_loss(comm: Communicator, inbox: Path, victim: int) -> tuple[str, str, list[float]]:
-    """Captures an exchange, loses a member, and replays: what is raised before and after, and what an exchange gives."""
+    """Captures an exchange, loses a member, and replays: what each replay raises, and what an exchange then gives."""
     rows = torch.ones(2, 8, device=comm.device)
     ids = torch.zeros(2, 1, dtype=torch.int64, device=comm.device)
     weights = torch.ones(2, 1, device=comm.device)
