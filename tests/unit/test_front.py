@@ -21,7 +21,7 @@ from epmesh.errors import StaleEpoch
 from epmesh.frames import tensor_meta
 from epmesh.front import FrontClient, FrontPeer
 from epmesh.v1 import front_pb2
-from epmesh_server.ranks.front import Front, Incoming
+from epmesh_server.ranks.front import _REQUESTS_A_TURN, Front, Incoming
 from tests.processes import eventually
 
 MESH, RANK, INCARNATION = "mesh-1", 3, 7
@@ -137,6 +137,31 @@ def test_a_connection_that_cannot_be_opened_fails_its_request_and_no_other(
         client.call(peer(front), rows(), timeout_s=5).result(5)
     with pytest.raises(StaleEpoch):  # it is reached, and is another rank
         client.call(peer(front, rank=RANK + 1), rows(), timeout_s=5).result(5)
+
+
+def test_answers_leave_while_requests_go_on_coming(
+    front: Front, client: FrontClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    count = 3 * _REQUESTS_A_TURN
+    send = front._send
+
+    def sent(sender: bytes, frames: list[Any]) -> None:
+        events.append("out")
+        send(sender, frames)
+
+    def handle(incoming: Incoming) -> None:
+        events.append("in")
+        echo(incoming)
+        if events.count("in") < count:
+            assert front._router.poll(5000)  # on the front's own thread: it never finds its socket empty
+
+    monkeypatch.setattr(front, "_send", sent)
+    front.handle(handle)
+    futures = [client.call(peer(front), rows(), timeout_s=20) for _ in range(count)]
+    for future in futures:
+        future.result(20)
+    assert [len(run) for run in "".join(event[0] for event in events).split("o") if run] == [_REQUESTS_A_TURN] * 3
 
 
 def test_errors_come_back_typed_whoever_raises_them(front: Front, client: FrontClient) -> None:

@@ -28,6 +28,9 @@ DEFAULT_BUDGET_BYTES = 1 << 30
 MAX_OPEN_REQUESTS = 65_536
 _RETRY_AFTER_S = 0.05
 _MAX_DEADLINE_S = 3600.0
+_REQUESTS_A_TURN = (
+    64  # taken in before answers are sent again; answers cannot outrun requests, so they need no such bound
+)
 
 _Key = tuple[bytes, int]  # the sender's connection, and its number for the request
 
@@ -188,7 +191,8 @@ class Front:
             self._router.send_multipart([sender, *frames], flags=zmq.NOBLOCK, copy=False)
 
     def _receive(self) -> None:
-        while True:
+        """Takes in what is there, as far as one turn goes: under a flood answers would otherwise never leave."""
+        for _ in range(_REQUESTS_A_TURN):
             try:
                 sender, *frames = self._router.recv_multipart(flags=zmq.NOBLOCK, copy=False)
             except zmq.Again:
