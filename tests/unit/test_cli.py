@@ -18,7 +18,7 @@ from epmesh.placement import Placement
 from epmesh.v1 import rank_service_pb2
 from epmesh.view import GroupInfo, NodeInfo, RankInfo, RankMode, View
 from epmesh_server.cli import app as app_module
-from epmesh_server.cli import main, serving
+from epmesh_server.cli import main, serving, status
 from epmesh_server.cli.app import app, parse_size
 from epmesh_server.cli.logs import LogLevel
 from epmesh_server.cli.serving import CoordinatorOptions, default_data_dir
@@ -217,6 +217,35 @@ def test_fronts_are_shown_and_what_each_kind_of_rank_lacks() -> None:
     assert "layer 3" not in shown[shown.index("no rank") :]
     shown_ranks = view_as_dict(view)["nodes"][0]["ranks"]
     assert [rank["front_endpoint"] for rank in shown_ranks] == ["", "tcp://10.0.0.1:41235", ""]
+
+
+def wide_view() -> View:
+    """Of addresses that do not fit beside each other on a narrow screen."""
+    address, endpoint = "accelerator-host-17.example:7400", "tcp://accelerator-host-17.example:41235"
+    rank = RankInfo(0, 1, "cuda:0", RankMode.SERVE, "", endpoint)
+    placements: dict[int | None, Placement] = {None: Placement(400, {0: tuple(range(0, 400, 2))})}
+    return View("m", 1, 1, 4, (NodeInfo(0, "node-17", 1, address, (rank,)),), (), placements)
+
+
+@pytest.mark.parametrize("width", [40, 80, 100])
+def test_addresses_and_fronts_are_whole_on_a_narrow_terminal(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(view_as_tables(wide_view()), crop=False)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "accelerator-host-17.example:7400" in shown
+    assert "accelerator-host-17.example:41235" in shown
+
+
+def test_without_a_terminal_a_rank_is_one_line(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(status, "_get_view", lambda *_: wide_view())
+    monkeypatch.setattr(status, "_describe", lambda _: None)
+    status.show("127.0.0.1:7400", as_json=False, watch=False)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "cuda:0" in line]
+    slot, node, address, rank, device, mode, front, _ = line.replace(" (no rows yet)", "").split(maxsplit=7)
+    assert (slot, node, rank, device, mode) == ("0", "node-17", "0", "cuda:0", "serve")
+    assert (address, front) == ("accelerator-host-17.example:7400", "accelerator-host-17.example:41235")
+    assert line.rstrip().endswith(", 398")
 
 
 def test_many_layers_do_not_flood_the_table() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import sys
 from collections.abc import Iterable
 
 import grpc
@@ -20,6 +21,7 @@ from epmesh.view import View
 from epmesh_server.cli.tables import view_as_dict, view_as_tables
 
 _TIMEOUT_S = 1.5
+_NO_LIMIT = 1_000_000  # columns
 
 
 def show(address: str, *, as_json: bool, watch: bool) -> None:
@@ -45,7 +47,8 @@ def _show_one(channel: grpc.Channel, address: str, *, as_json: bool) -> None:
     if as_json:
         _print_json([view])
     else:
-        Console().print(view_as_tables(view, _describe(channel)))
+        # A line that is wider than the terminal is the terminal's to wrap: then it is still one when it is copied.
+        _console().print(view_as_tables(view, _describe(channel)), crop=False)
 
 
 def _show_all(mesh: Mesh, *, as_json: bool) -> None:
@@ -88,9 +91,14 @@ def _print_json(views: Iterable[View]) -> None:
 
 
 def _live(views: Iterable[View]) -> None:
-    with Live(console=Console(), auto_refresh=False) as live:
+    with Live(console=_console(), auto_refresh=False) as live:
         for view in views:
             live.update(_framed(view), refresh=True)
+
+
+def _console() -> Console:
+    """As wide as the terminal; without one there is no width to keep to."""
+    return Console(width=None if sys.stdout.isatty() else _NO_LIMIT)
 
 
 def _framed(view: View) -> RenderableType:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -80,20 +81,26 @@ def orphans(view: View, placement: Placement, mode: RankMode | None = None) -> l
 def _rank_table(view: View) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("slot", justify="right")
-    for name in ("node", "address"):
-        table.add_column(name, overflow="fold")
+    table.add_column("node", overflow="fold")
+    _add_whole_column(table, "address", [node.address for node in view.nodes])
     table.add_column("rank", justify="right")
-    for name in ("device", "mode", "front", "experts"):
-        table.add_column(name, overflow="fold")
+    table.add_column("device", overflow="fold")
+    table.add_column("mode", overflow="fold")
+    _add_whole_column(table, "front", map(_front, view.ranks.values()))
+    table.add_column("experts", overflow="fold")
     for node in view.nodes:
         first = [str(node.slot), node.node_id, node.address]
         for info in node.ranks:
-            front = info.front_endpoint.removeprefix("tcp://") or _NOTHING
-            table.add_row(*first, str(info.rank), info.device, _mode(info), front, _experts(view, info.rank))
+            table.add_row(*first, str(info.rank), info.device, _mode(info), _front(info), _experts(view, info.rank))
             first = ["", "", ""]
         if not node.ranks:
             table.add_row(*first, *[_NOTHING] * 5)
     return table
+
+
+def _add_whole_column(table: Table, name: str, values: Iterable[str]) -> None:
+    """A column whose values can be copied at any width: none is cut or broken across lines."""
+    table.add_column(name, no_wrap=True, min_width=max(map(cell_len, values), default=0))
 
 
 def _group_table(view: View) -> Table:
@@ -108,6 +115,10 @@ def _group_table(view: View) -> Table:
         ranks = ranges(group.ranks)
         table.add_row(group.name, str(group.group_id), ranks, missing, str(group.sequence))
     return table
+
+
+def _front(info: RankInfo) -> str:
+    return info.front_endpoint.removeprefix("tcp://") or _NOTHING
 
 
 def _mode(info: RankInfo) -> str:
