@@ -155,7 +155,7 @@ class Lane:
         self._shared = shared.pin_memory() if self._clock else shared
         self._words: npt.NDArray[np.int64] = self._shared.numpy()
         self._local = torch.zeros(_COUNTERS + 2 * plan.programs, dtype=torch.int64, device=device)
-        self._launch = Launcher()
+        self._launch = Launcher(device)
         self._row_plans: dict[tuple[int, ...], RowPlan] = {}
         if not self.counted:
             self._load_index()
@@ -267,9 +267,10 @@ class Lane:
             units = tuple(unit_of(width, at) for width, at in zip(rows.widths, addresses, strict=True))
             self._launch(
                 kernels.take_rows,
+                ("take", rows.widths, units, sent.rows, _alignment(sent.origins.data_ptr(), *addresses)),
                 min(num_rows, 4 * plan.programs),
                 (self._bases[self._me], sent.origins.data_ptr(), addresses, num_rows, stamp),
-                {
+                lambda: {
                     "ROWS": sent.rows,
                     "WIDTHS": rows.widths,
                     "UNITS": units,
@@ -280,7 +281,6 @@ class Lane:
                     "RECV_AT": plan.recv_at,
                     "REGION": plan.region_stride,
                 },
-                _alignment(sent.origins.data_ptr(), *addresses),
             )
         return outputs
 
@@ -310,8 +310,11 @@ class Lane:
             output = results.new_empty((len(sent.hits), results.shape[1]))
         unit = unit_of(width, results.data_ptr())
         addresses = self._address(sent.tokens), self._address(sent.positions)
+        static = sent.tokens is None
+        pointers = _alignment(*addresses, results.data_ptr(), output.data_ptr(), sent.hits.data_ptr())
         self._launch(
             kernels.combine,
+            ("combine", results.dtype, width, unit, sent.rows, static, phases, pointers),
             plan.programs,
             (
                 *(results, output, sent.hits, self._bases, self._bases[self._me]),
@@ -319,7 +322,7 @@ class Lane:
                 *(len(sent.hits), self._base_stamp if self.counted else stamp, signature),
                 *(int(Code.REFUSED) if refused else 0, self._limit, slot, self._me),
             ),
-            {
+            lambda: {
                 "HIDDEN": results.shape[1],
                 "WIDTH": width,
                 "ROWS": sent.rows,
@@ -332,16 +335,12 @@ class Lane:
                 "HEADS_AT": plan.out_heads_at,
                 "OUT_AT": plan.out_at,
                 "OUT": plan.out_stride,
-                "STATIC": sent.tokens is None,
+                "STATIC": static,
                 "COUNTED": self.counted,
                 "PUT": phases[0],
                 "TAKE": phases[1],
                 "CLOCK": self._clock,
             },
-            (
-                *(results.dtype, output.dtype),
-                *_alignment(*addresses, *(each.data_ptr() for each in (results, output, sent.hits))),
-            ),
         )
         return output
 
@@ -380,8 +379,11 @@ class Lane:
             self._address(each)
             for each in (table.entries if table is not None else None, turns, sent.hits, sent.positions)
         )
+        routed = None if table is None else (table.choices, num_topk, rows.tensors[2].dtype)
+        pointers = _alignment(*sources, *targets, *addresses)
         self._launch(
             kernels.dispatch,
+            ("dispatch", rows.widths, units, routed, rows.eligible, rows.has_ids, static_rows, phases, pointers),
             plan.programs,
             (
                 *(sources, targets, self._bases, self._bases[self._me], self._shared.data_ptr()),
@@ -390,7 +392,7 @@ class Lane:
                 *(self._limit, table.first_turn if table is not None else 0),
                 *(len(table.entries) if table is not None else 0, self._me),
             ),
-            {
+            lambda: {
                 "WIDTHS": rows.widths,
                 "UNITS": units,
                 "BLOCKS": _blocks(rows.widths, units),
@@ -414,7 +416,6 @@ class Lane:
                 "TAKE": phases[1],
                 "CLOCK": self._clock,
             },
-            _alignment(*sources, *targets, *addresses),
         )
 
     def index_rows(self, sent: Sent, stamp: int) -> None:
@@ -431,12 +432,13 @@ class Lane:
         plan = self.plan
         self._launch(
             kernels.index_rows,
+            "index",
             1,
             (
                 *(self._bases[self._me], self._shared.data_ptr(), self._local.data_ptr(), *addresses, stamp, rows),
                 *(plan.programs, plan.recv_heads_at, plan.recv_at, plan.region_stride),
             ),
-            {"WORLD": plan.world_size, "BLOCK": _INDEX_BLOCK},
+            lambda: {"WORLD": plan.world_size, "BLOCK": _INDEX_BLOCK},
         )
 
     def _row_plan(self, widths: tuple[int, ...]) -> RowPlan:

@@ -95,6 +95,7 @@ class CudaExchange(Exchange):
         self._older = older
         self._sent: dict[OpenExchange, Sent] = {}
         self._stream: torch.cuda.Stream | None = None
+        self._stream_number = -1
         self._watch = Watch(member, self._abort_all)
 
     # Exact mode --------------------------------------------------------------------------------------------------
@@ -211,12 +212,14 @@ class CudaExchange(Exchange):
     @contextlib.contextmanager
     def on_stream(self) -> Iterator[None]:
         """Launches go to the caller's stream of this device; after a change of streams, behind the earlier ones."""
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream()
-            if not torch.cuda.is_current_stream_capturing():  # who captures has waited for what came before
-                if self._stream is not None and stream != self._stream:
+        switch = torch.cuda.current_device() != self.device.index
+        with torch.cuda.device(self.device) if switch else contextlib.nullcontext():
+            number = torch._C._cuda_getCurrentRawStream(self.device.index)
+            if number != self._stream_number and not torch.cuda.is_current_stream_capturing():
+                stream = torch.cuda.current_stream()  # who captures has waited for what came before
+                if self._stream is not None:
                     stream.wait_stream(self._stream)
-                self._stream = stream
+                self._stream, self._stream_number = stream, number
             yield
 
     def forget_open(self) -> None:
