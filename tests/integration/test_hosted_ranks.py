@@ -214,7 +214,7 @@ def test_more_ranks_than_a_node_may_have_end_the_service_with_the_reason(shell: 
     service = shell.run("serve", "--ranks", "2", "--stride", "1")
     assert service.process.returncode == 1
     last = service.output.splitlines()[-1]
-    assert re.match(r"epmesh: InvalidRequest: local rank 1 is out of range: .* at most 1 ranks", last)
+    assert re.match(r"epmesh: InvalidRequest: --ranks is 2, .* at most 1 ranks; .* --stride 2 ", last), service.output
 
 
 def test_what_was_taken_in_is_answered_before_the_service_ends(shell: Shell) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from epmesh.placement import Placement
 from epmesh.view import View
 from epmesh_server.cli import serving
 from epmesh_server.cli.serving import address_here
+from epmesh_server.hosted import supervisor as supervisor_module
 from epmesh_server.hosted.factory import load_factory
 from epmesh_server.hosted.holdings import entry
-from epmesh_server.hosted.options import HostedRanks, parse_hold
+from epmesh_server.hosted.options import HostedRank, HostedRanks, parse_hold
+from epmesh_server.hosted.supervisor import HostedSupervisor
 from epmesh_server.processes.backoff import Backoff
 from tests.unit.test_cli import invoke
 
@@ -76,6 +80,28 @@ def test_each_rank_gets_its_own_part() -> None:
     assert (second.local_rank, second.held, second.device, second.world_size) == (1, (2, 3), "cuda:1", 2)
     assert HostedRanks(count=2, world_size=4).rank(0, "h:1").world_size == 4
     assert HostedRanks(count=2).rank(0, "h:1").held is None
+
+
+@pytest.mark.parametrize(("count", "stride", "fits"), [(8, 8, True), (1, 8, True), (9, 8, False), (2, 1, False)])
+def test_more_ranks_than_a_node_may_have_are_refused_before_any_is_started(
+    monkeypatch: pytest.MonkeyPatch, count: int, stride: int, fits: bool
+) -> None:
+    started: list[int] = []
+
+    async def keep_alive(_: HostedSupervisor, rank: HostedRank) -> None:
+        started.append(rank.local_rank)
+
+    async def start() -> None:
+        supervisor = HostedSupervisor(HostedRanks(count=count))
+        supervisor.start("h:1", stride)
+        await supervisor.kill()
+
+    monkeypatch.setattr(HostedSupervisor, "_keep_alive", keep_alive)
+    monkeypatch.setattr(supervisor_module, "stop_fork_server", lambda: None)
+    refusal = rf"--ranks is {count}, .* at most {stride} ranks; .* --stride {count} "
+    with contextlib.nullcontext() if fits else pytest.raises(InvalidRequest, match=refusal):
+        asyncio.run(start())
+    assert started == (list(range(count)) if fits else [])
 
 
 def test_a_rank_that_joins_again_declares_what_it_held_and_waits_for_nobody() -> None:

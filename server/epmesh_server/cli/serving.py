@@ -20,6 +20,7 @@ from epmesh_server.cli.supervisor import Supervisor, die_with_parent
 from epmesh_server.hosted.options import HostedRanks
 from epmesh_server.hosted.supervisor import HostedSupervisor, prepare_hosting
 from epmesh_server.node import NodeSettings, run_node
+from epmesh_server.node.registration import Registration
 
 _log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -138,13 +139,18 @@ async def _serve_node(
 ) -> None:
     """Until a signal, or until one of `failed` is done or the node service ends; then ranks first, the node last."""
 
+    listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
     def ready(address: str) -> None:
         _log.info("node service listens at %s", address)
+        listening.set_result(address)
+
+    def registered(registration: Registration) -> None:
         if ranks is not None:
-            ranks.start(address_here(address))
+            ranks.start(address_here(listening.result()), registration.stride)
 
     end = asyncio.Event()
-    node = asyncio.create_task(run_node(settings, end, ready))
+    node = asyncio.create_task(run_node(settings, end, ready, registered))
     stopped = asyncio.create_task(signals.stop.wait())
     try:
         await asyncio.wait((node, stopped, *failed), return_when=asyncio.FIRST_COMPLETED)

@@ -114,6 +114,18 @@ class HostedRanks:
                     f"--hold gives local rank {local_rank} expert {bad}; ids are 0 to {self.num_experts - 1}"
                 )
 
+    def check_fits(self, stride: int) -> None:
+        """Refuses more ranks than a node of a mesh may have.
+
+        Raises:
+            InvalidRequest: there are more than `stride`.
+        """
+        if self.count > stride:
+            raise InvalidRequest(
+                f"--ranks is {self.count}, and a node of this mesh has at most {stride} ranks; run fewer, or start "
+                f"a new mesh: a coordinator with --stride {self.count} and an empty --data-dir"
+            )
+
     def rank(self, local_rank: int, address: str) -> HostedRank:
         """What the process of `local_rank` needs, with the node service at `address`."""
         return HostedRank(

@@ -43,8 +43,13 @@ class HostedSupervisor:
         self._failure: asyncio.Future[None] | None = None
         self._stopping = asyncio.Event()
 
-    def start(self, address: str) -> None:
-        """Starts all of them beside the node service at `address`, without waiting."""
+    def start(self, address: str, stride: int) -> None:
+        """Starts all of them beside the node service at `address`, without waiting.
+
+        Raises:
+            InvalidRequest: a node of this mesh has at most `stride` ranks; none was started.
+        """
+        self._ranks.check_fits(stride)
         for local_rank in range(self._ranks.count):
             rank = self._ranks.rank(local_rank, address)
             self._tasks.append(asyncio.create_task(self._keep_alive(rank)))

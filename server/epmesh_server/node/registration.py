@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -35,14 +36,21 @@ class Registration:
 
 
 class Enrolment:
-    """The newest registration, and those who wait for the first."""
+    """The newest registration, and those who wait for the first.
+
+    Attributes:
+        on_first: called with the first one; what it raises ends the node service.
+    """
 
     def __init__(self) -> None:
         self.current: Registration | None = None
+        self.on_first: Callable[[Registration], None] = lambda _: None
         self._granted = asyncio.Event()
 
     def grant(self, registration: Registration) -> None:
         """The coordinator accepted the node."""
+        if self.current is None:
+            self.on_first(registration)
         self.current = registration
         self._granted.set()
 

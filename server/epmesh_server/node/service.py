@@ -37,7 +37,7 @@ from epmesh_server.node.groups import Groups
 from epmesh_server.node.hosting import RankHosting
 from epmesh_server.node.rank_service import RankService
 from epmesh_server.node.ranks import RankTable
-from epmesh_server.node.registration import Enrolment, Identity
+from epmesh_server.node.registration import Enrolment, Identity, Registration
 from epmesh_server.node.router_service import RouterService
 from epmesh_server.node.rpc import TCP_SERVER_OPTIONS, UNIX_SERVER_OPTIONS
 from epmesh_server.node.runtime_dir import DESCRIPTOR_SOCKET, GRPC_SOCKET, runtime_directory
@@ -52,18 +52,25 @@ _LEAVE_S = 0.3
 _DRIVER_REGIONS = 4  # the memory of a rank and its driver, in regions of its exchange; only touched pages count
 
 
-async def run_node(settings: NodeSettings, stop: asyncio.Event, on_ready: Callable[[str], None]) -> None:
+async def run_node(
+    settings: NodeSettings,
+    stop: asyncio.Event,
+    on_ready: Callable[[str], None],
+    on_registered: Callable[[Registration], None] = lambda _: None,
+) -> None:
     """Runs a node service until `stop` is set.
 
     Args:
         on_ready: called with the bound ``host:port`` once everything listens; the coordinator may still be away.
+        on_registered: called once the coordinator accepted the node for the first time; it may refuse with
+            `InvalidRequest`, which ends the service.
 
     Raises:
         InvalidRequest: the port is in use, a directory cannot be used, or the coordinator refuses the node for good.
         Unauthenticated: the coordinator does not take this node's word.
     """
     with runtime_directory(settings.runtime_dir) as directory:
-        node = Node(settings, directory)
+        node = Node(settings, directory, on_registered)
         try:
             on_ready(await node.start())
             await node.run_until(stop)
@@ -74,11 +81,17 @@ async def run_node(settings: NodeSettings, stop: asyncio.Event, on_ready: Callab
 class Node:
     """One node service on one event loop: `start`, `run_until`, `close`."""
 
-    def __init__(self, settings: NodeSettings, directory: Path) -> None:
+    def __init__(
+        self,
+        settings: NodeSettings,
+        directory: Path,
+        on_registered: Callable[[Registration], None] = lambda _: None,
+    ) -> None:
         self._settings = settings
         self._directory = directory
         self._board = ViewBoard()
         self._enrolment = Enrolment()
+        self._enrolment.on_first = on_registered
         self._table = RankTable()
         self._store = KeyValueStore()
         self._pool = BufferPool(settings.region_bytes)
