@@ -9,6 +9,7 @@ from epmesh.attached import AttachedCommunicator, AttachedRank
 from epmesh.driver_session import DriverSession, driver_text, open_session
 from epmesh.driver_transports import choose_transport
 from epmesh.errors import InvalidRequest
+from epmesh.front import check_timeout
 
 _log = logging.getLogger(__name__)
 _MAX_RANK = (1 << 31) - 1
@@ -70,9 +71,12 @@ def _enter(
 
 
 def _check(rank: int, world_size: int, timeout_s: float) -> None:
-    if not 0 <= rank <= _MAX_RANK:
+    if not _is_whole(rank) or not 0 <= rank <= _MAX_RANK:
         raise InvalidRequest(f"rank is {rank!r}; it must be a global rank, 0 or more")
-    if world_size < 1:
-        raise InvalidRequest(f"world_size is {world_size}; it must be 1 or more")
-    if timeout_s <= 0:
-        raise InvalidRequest(f"timeout_s is {timeout_s}; it must be above 0")
+    if not _is_whole(world_size) or not 1 <= world_size <= _MAX_RANK:
+        raise InvalidRequest(f"world_size is {world_size!r}; it must be 1 or more")
+    check_timeout(timeout_s, "timeout_s")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

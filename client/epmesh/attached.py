@@ -29,6 +29,7 @@ from epmesh.communicator import Communicator, Handle
 from epmesh.driver_session import DriverSession
 from epmesh.driver_transports import DriverTransport, Reply
 from epmesh.errors import EpmeshError, InvalidRequest
+from epmesh.front import MAX_TIMEOUT_S
 from epmesh.tensors import (
     Kind,
     bytes_of,
@@ -38,6 +39,7 @@ from epmesh.tensors import (
     kind_of,
     kind_of_dtype,
     meta_of,
+    row_tensors,
 )
 from epmesh.v1 import frame_pb2, front_pb2, view_pb2
 from epmesh.view import View
@@ -98,7 +100,7 @@ class AttachedRank:
             call.refusal.CopyFrom(refusal.to_proto())
         metas, data = [meta_of(tensor) for tensor in tensors], [bytes_of(tensor) for tensor in tensors]
         with self.session.calling():
-            return self.transport.call(call, metas, data, limit_s or self.call_limit_s)
+            return self.transport.call(call, metas, data, min(limit_s or self.call_limit_s, MAX_TIMEOUT_S))
 
     def describe(self, group: str) -> Standing:
         """Where the rank stands in `group`."""
@@ -340,7 +342,7 @@ class AttachedCommunicator(Communicator):
         layer: int | None = None,
         static: bool = False,
     ) -> tuple[Any, ...]:
-        tensors = [hidden_states, topk_weights, topk_ids, *(extra_tensors or ())]
+        tensors = row_tensors([hidden_states, topk_weights, topk_ids], extra_tensors)
 
         def fill(arguments: Arguments) -> Sequence[Any]:
             put_dispatch(arguments.dispatch, tensors, is_sequence_parallel, extra_tensors, layer, static)
@@ -360,7 +362,7 @@ class AttachedCommunicator(Communicator):
         layer: int | None = None,
         static: bool = False,
     ) -> Handle:
-        tensors = [hidden_states, topk_weights, topk_ids, *(extra_tensors or ())]
+        tensors = row_tensors([hidden_states, topk_weights, topk_ids], extra_tensors)
 
         def fill(arguments: Arguments) -> Sequence[Any]:
             inner = arguments.start_dispatch.dispatch
@@ -389,7 +391,7 @@ class AttachedCommunicator(Communicator):
         layer: int | None = None,
         static: bool = False,
     ) -> tuple[Any, ...]:
-        tensors = [hidden_states, router_logits, *(extra_tensors or ())]
+        tensors = row_tensors([hidden_states, router_logits], extra_tensors)
 
         def fill(arguments: Arguments) -> Sequence[Any]:
             inner = arguments.dispatch_router_logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from epmesh.errors import InvalidRequest
 
@@ -22,15 +23,18 @@ class Claim:
 class ByteBudget:
     """At most `limit` bytes are held at once. Who asks first gets first, so that nobody starves."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: Any) -> None:
         """Nothing is held.
+
+        Args:
+            limit: a whole number of bytes.
 
         Raises:
             InvalidRequest: `limit` is below 1.
         """
-        if limit < 1:
-            raise InvalidRequest(f"max_inflight_bytes is {limit}; it must be 1 or more")
-        self.limit = limit
+        if not isinstance(limit, int) or limit < 1:
+            raise InvalidRequest(f"max_inflight_bytes is {limit!r}; it must be 1 or more")
+        self.limit: int = limit
         self._lock = threading.Lock()  # guards what follows
         self._held_bytes = 0
         self._waiting: deque[Claim] = deque()

@@ -254,6 +254,9 @@ def find_node(address: str, rank: int, timeout_s: float) -> str:
             message = discovery_service_pb2_grpc.DiscoveryServiceStub(channel).GetView(request, timeout=timeout_s).view
         except grpc.RpcError as exc:
             error = errors.from_rpc_error(exc, f"node service at {address}")
+            if exc.code() is grpc.StatusCode.UNIMPLEMENTED:
+                text = f"{address} is no node service (a coordinator, perhaps); give the address of one"
+                raise InvalidRequest(f"{text}: {error}") from exc
             raise MeshUnavailable(f"{error}; is `epmesh serve` running there?") from exc
     if not node.registered or not message.stride:
         raise NotReady(f"the node service at {address} has no view yet")

@@ -11,6 +11,7 @@ import contextlib
 import heapq
 import itertools
 import logging
+import math
 import os
 import queue
 import threading
@@ -35,7 +36,7 @@ HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 200, 600
 MAX_FRAME_BYTES = 1 << 32
 INLINE = -1  # in `places`: the tensor is a frame of the message
 _CONNECT_WITHIN_S = 1.5
-_MAX_TIMEOUT_S = 3600.0
+MAX_TIMEOUT_S = 3600.0
 _LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | _LOST
 
@@ -92,6 +93,17 @@ def check_frames(
     return views
 
 
+def check_timeout(value: object, name: str) -> None:
+    """Refuses what is no deadline.
+
+    Raises:
+        InvalidRequest: it is not a number of seconds above 0, or one that is too large.
+    """
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not 0 < value <= MAX_TIMEOUT_S:  # type: ignore[operator]
+        raise InvalidRequest(f"{name} is {value!r}; it must be above 0 and at most {MAX_TIMEOUT_S:g} seconds")
+
+
 class FrontClient:
     """Makes requests to ranks' fronts. Any thread may call; one thread of its own does all that waits."""
 
@@ -121,8 +133,7 @@ class FrontClient:
             `PeerLost` where the connection broke or none came about, with `InvalidRequest` for an answer that is none,
             and with `MeshUnavailable` after `close`. Its ``cancel()`` tells the rank to give the request up.
         """
-        if not 0 < timeout_s <= _MAX_TIMEOUT_S:
-            raise InvalidRequest(f"timeout_s is {timeout_s}; it must be above 0 and at most {_MAX_TIMEOUT_S:g}")
+        check_timeout(timeout_s, "timeout_s")
         return self._core.call(peer, request, tensors, timeout_s)
 
     def close(self) -> None:

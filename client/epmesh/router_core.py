@@ -7,7 +7,6 @@ what others put into its inbox: answers, views, room in the budget.
 from __future__ import annotations
 
 import itertools
-import math
 import random
 import threading
 import time
@@ -22,6 +21,7 @@ from epmesh.arrays import as_ids, as_rows, in_kind, is_floating
 from epmesh.byte_budget import ByteBudget, Claim
 from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, Overloaded, PeerLost
 from epmesh.forward import CONFIRM_S, Forward, NodeCall, Tokens, lost_ranks
+from epmesh.front import check_timeout
 from epmesh.router_stats import RouterStats, StatsRecorder
 from epmesh.routes import Identity, Routes, identity, serves
 from epmesh.row_transport import FrontRows, GrpcRows, RowTransport, call_parts, check_transport, fronts_reachable
@@ -29,7 +29,6 @@ from epmesh.view import RankInfo, View
 
 DEFAULT_TIMEOUT_S = 30.0
 DEFAULT_MAX_INFLIGHT_BYTES = 256 << 20
-MAX_TIMEOUT_S = 3600.0
 _MAX_LAYER = (1 << 32) - 1
 _RETRY_AFTER_S = 0.05
 _PROBED = 4
@@ -450,17 +449,6 @@ def _check_layer(layer: Any) -> None:
     good = isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer <= _MAX_LAYER
     if layer is not None and not good:
         raise InvalidRequest(f"layer is {layer!r}; it must be a whole number from 0 on, or None")
-
-
-def check_timeout(value: Any, name: str) -> None:
-    """Refuses what is no deadline.
-
-    Raises:
-        InvalidRequest: it is not a number of seconds above 0.
-    """
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not 0 < value <= MAX_TIMEOUT_S:
-        raise InvalidRequest(f"{name} is {value!r}; it must be above 0 and at most {MAX_TIMEOUT_S:g} seconds")
 
 
 def _tell(core: weakref.ref[RouterCore], view: View) -> None:

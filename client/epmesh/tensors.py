@@ -6,6 +6,7 @@ A dtype goes by torch's name for it, which is NumPy's too where NumPy has the dt
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,24 @@ class Kind:
             return np.dtype(name)
         except TypeError:
             raise InvalidRequest(f"NumPy has no dtype {name}; use torch tensors, or ml_dtypes") from None
+
+
+class NoList:
+    """Stands for `extra_tensors` that are no list of tensors, and is refused as one that is no tensor."""
+
+    def __init__(self, value: object) -> None:
+        self._text = f"extra_tensors={value!r:.40}"
+
+    def __repr__(self) -> str:
+        return f"{self._text}, which is no list"
+
+
+def row_tensors(named: Sequence[Any], extra_tensors: Any) -> list[Any]:
+    """All tensors that travel row for row; whatever `extra_tensors` is, so that a wrong one is refused on all ranks."""
+    if extra_tensors is None:
+        return [*named]
+    listed = isinstance(extra_tensors, Sequence) and not isinstance(extra_tensors, str | bytes)
+    return [*named, *(extra_tensors if listed else [NoList(extra_tensors)])]
 
 
 def kind_of(tensor: Any) -> Kind:

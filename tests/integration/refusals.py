@@ -220,6 +220,14 @@ COLLECTIVE: dict[str, Wrong] = {
     "extra tensors of different dtypes": Wrong(
         lambda c: dispatch(c, extra_tensors=[ones(3, dtype=torch.int8 if last(c) else torch.int16)]), ("int8", "int16")
     ),
+    "extra tensors that are no list": Wrong(
+        lambda c: dispatch(c, extra_tensors=cast(Any, 5)) if last(c) else dispatch(c, extra_tensors=[ones(3)]),
+        ("extra_tensors=5", "no list"),
+    ),
+    "a tensor in place of the list of extra ones": Wrong(
+        lambda c: c.dispatch_router_logits(ones(3, 4), ones(3, 8), True, cast(Any, ones(3))),
+        ("extra_tensors=", "no list"),
+    ),
     "logits of other rows": Wrong(
         lambda c: c.dispatch_router_logits(ones(3, 4), ones(6 if last(c) else 3, 8), True), ("router_logits", "6")
     ),

@@ -87,13 +87,28 @@ def test_a_node_service_says_where_another_nodes_rank_is(mesh: HostedMesh) -> No
     [
         ({"rank": -1}, "rank is -1"),
         ({"rank": 0, "world_size": 0}, "world_size is 0"),
+        ({"rank": "0"}, "rank is '0'"),
+        ({"rank": 0, "world_size": 1.5}, "world_size is 1.5"),
         ({"rank": 0, "timeout_s": 0}, "timeout_s is 0"),
+        ({"rank": 0, "timeout_s": float("inf")}, "timeout_s is inf"),
+        ({"rank": 0, "timeout_s": float("nan")}, "timeout_s is nan"),
+        ({"rank": 0, "timeout_s": "soon"}, "timeout_s is 'soon'"),
         ({"rank": 0, "transport": "pigeon"}, "transport is 'pigeon'.*shm, zmq, grpc"),
     ],
 )
 def test_wrong_arguments_are_named(mesh: HostedMesh, options: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
         epmesh.attach(mesh.addresses[0], **options)
+
+
+def test_the_longest_limit_is_taken_as_it_is(mesh: HostedMesh) -> None:
+    with epmesh.attach(mesh.addresses[0], rank=0, timeout_s=3600) as comm:
+        comm.wait_ready()
+
+
+def test_a_coordinators_address_is_refused_at_once(mesh: HostedMesh) -> None:
+    with pytest.raises(InvalidRequest, match="is no node service"):
+        epmesh.attach(mesh.coordinator, rank=0)
 
 
 def test_a_rank_that_nobody_has_is_waited_for_and_then_named(mesh: HostedMesh) -> None:

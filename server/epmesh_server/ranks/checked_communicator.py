@@ -20,6 +20,7 @@ from epmesh.communicator import Communicator, Handle
 from epmesh.errors import EpmeshError, InvalidRequest
 from epmesh.layout import Layout, Reach, Routing, Topology, broadcast_layout, make_reach, make_routing, routed_layout
 from epmesh.placement import Placement, linear_placement
+from epmesh.tensors import row_tensors
 from epmesh_server.ranks import arguments as args
 from epmesh_server.ranks.calls import Call, describe
 from epmesh_server.ranks.open_exchange import ExchangeStats, OpenExchanges, Request
@@ -237,7 +238,7 @@ class CheckedCommunicator(Communicator):
         layer: int | None = None,
         static: bool = False,
     ) -> tuple[Any, ...]:
-        tensors = [hidden_states, router_logits, *(extra_tensors or ())]
+        tensors = row_tensors([hidden_states, router_logits], extra_tensors)
 
         def layout() -> Layout:
             args.check_rows(tensors, ("hidden_states", "router_logits"), self.device)
@@ -259,7 +260,7 @@ class CheckedCommunicator(Communicator):
         static: bool,
     ) -> Request:
         """A dispatch by ids; its arguments are checked when it begins, so that a refusal takes its number."""
-        tensors = [*tensors, *(extra_tensors or ())]
+        tensors = row_tensors(tensors, extra_tensors)
 
         def layout() -> Layout:
             args.check_dispatch(tensors, self.device)
