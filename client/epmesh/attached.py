@@ -45,6 +45,7 @@ from epmesh.v1 import frame_pb2, front_pb2, view_pb2
 from epmesh.view import View
 
 _GRACE_S = 5.0
+_LONGEST_CALL_S = MAX_TIMEOUT_S - 10.0  # a transport may add some seconds
 
 Tensor = Any
 """A NumPy array or a torch tensor on CPU, contiguous or not."""
@@ -100,7 +101,7 @@ class AttachedRank:
             call.refusal.CopyFrom(refusal.to_proto())
         metas, data = [meta_of(tensor) for tensor in tensors], [bytes_of(tensor) for tensor in tensors]
         with self.session.calling():
-            return self.transport.call(call, metas, data, min(limit_s or self.call_limit_s, MAX_TIMEOUT_S))
+            return self.transport.call(call, metas, data, min(limit_s or self.call_limit_s, _LONGEST_CALL_S))
 
     def describe(self, group: str) -> Standing:
         """Where the rank stands in `group`."""

@@ -148,7 +148,7 @@ def test_the_demo_ends_at_once_and_leaves_nothing(traces: Traces, moment: str, e
     end(terminal)
     terminal.read_until("", 4 * END_S)
     assert time.monotonic() - started < 4 * END_S
-    assert terminal.wait() == 1
+    assert terminal.wait() == 1, terminal.text
     assert "demo: FAIL" in terminal.text.splitlines()[-1]
     assert "interrupted" in terminal.text
     assert "Traceback" not in terminal.text

@@ -209,6 +209,14 @@ def _fork_server() -> Iterator[None]:
             stop_fork_server()
 
 
+class _Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or a signal that means the same.
+
+    (Where a plain KeyboardInterrupt passes through an ``exec``, as those of dataclasses being made while torch is
+    imported, the interpreter ends itself by SIGINT in the end, whatever the exit code was to be.)
+    """
+
+
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """Has SIGTERM and SIGHUP end the block as Ctrl-C does, and no second one disturb the cleaning up.
@@ -222,7 +230,7 @@ def _interruptible() -> Iterator[None]:
         nonlocal deaf_until
         if time.monotonic() >= deaf_until:
             deaf_until = time.monotonic() + _CLEANING_UP_S
-            raise KeyboardInterrupt
+            raise _Interrupted
 
     for number in _SIGNALS:
         signal.signal(number, interrupt)
