@@ -100,6 +100,11 @@ class Assembly:
             raise InvalidRequest(f"tensors of {self.num_bytes} bytes in one call; at most {most_bytes} are taken")
         self._data = bytearray()
 
+    @property
+    def num_missing(self) -> int:
+        """Bytes that are still to come."""
+        return self.num_bytes - len(self._data)
+
     def add(self, data: bytes) -> None:
         """Takes the next piece.
 

@@ -16,10 +16,16 @@ from epmesh_server.shared_memory import ControlPage
 from tests.integration.waiting import PATIENCE_S, soon
 
 
-def declaration(incarnation: int = 7, link_endpoint: str = "", **fields: Any) -> membership_service_pb2.RankDeclaration:
+def declaration(
+    incarnation: int = 7, link_endpoint: str = "", front_endpoint: str = "", **fields: Any
+) -> membership_service_pb2.RankDeclaration:
     """What a rank says of itself."""
     rank = view_pb2.Rank(
-        incarnation=incarnation, device="cpu", mode=view_pb2.RANK_MODE_EXCHANGE, link_endpoint=link_endpoint
+        incarnation=incarnation,
+        device="cpu",
+        mode=view_pb2.RANK_MODE_EXCHANGE,
+        link_endpoint=link_endpoint,
+        front_endpoint=front_endpoint,
     )
     return membership_service_pb2.RankDeclaration(rank=rank, world_size=1, exchange_timeout_s=5.0, **fields)
 
@@ -41,13 +47,14 @@ class RawRank:
         incarnation: int = 7,
         link_endpoint: str = "",
         experts: dict[str, Any] | None = None,
+        front_endpoint: str = "",
     ) -> None:
         """Opens the session; raises what the node answers."""
         declared = [membership_service_pb2.ExpertDeclaration(**experts)] if experts else []
         request = rank_service_pb2.OpenRank(
             local_rank=local_rank,
             pid=os.getpid(),
-            declaration=declaration(incarnation, link_endpoint, experts=declared),
+            declaration=declaration(incarnation, link_endpoint, front_endpoint, experts=declared),
         )
         await self.send(open=request)
         self.opened = (await self.notice("opened")).opened

@@ -7,6 +7,7 @@ as any driver does, and cuts what comes back into messages.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,17 +15,19 @@ import grpc
 
 from epmesh.communicator_methods import METHODS, SERVICE, Assembly, Method, messages
 from epmesh.errors import EpmeshError, InvalidRequest, PeerLost
-from epmesh.front import FrontPeer
+from epmesh.front import FrontPeer, FrontReply
 from epmesh.grpc_errors import abort
 from epmesh.v1 import communicator_service_pb2 as wire
 from epmesh.v1 import front_pb2
 from epmesh_server.node.call_budget import CallBudget
+from epmesh_server.node.call_waits import DEFAULT_IDLE_S, CallWaits
 from epmesh_server.node.drivers import Driver, Drivers, lost
 from epmesh_server.node.front_caller import FrontCaller
 from epmesh_server.node.registration import Enrolment
 from epmesh_server.node.rpc import seconds_left
 
 _LEAST_CALL_S, _MAX_CALL_S = 0.001, 3600.0
+_ABORT_S = 1.0  # what sending an error may take; one that does not read hears of it once it does
 _SETTLE_S = 1.0  # how long after its connection broke a rank's end may be noticed
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -35,6 +38,7 @@ class CommunicatorService:
     Args:
         descriptor_socket: where drivers on this host get the memory that they share with their rank.
         budget_bytes: most bytes of tensors that all calls under way may have announced; beyond, `Overloaded`.
+        idle_s: how long a caller may take to send, or to read, its next message; beyond, `DeadlineExceeded`.
     """
 
     def __init__(
@@ -45,12 +49,14 @@ class CommunicatorService:
         *,
         descriptor_socket: str,
         budget_bytes: int,
+        idle_s: float = DEFAULT_IDLE_S,
     ) -> None:
         self._drivers = drivers
         self._descriptor_socket = descriptor_socket
         self._enrolment = enrolment
         self._caller = caller
         self._budget = CallBudget(budget_bytes)
+        self._idle_s = idle_s
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Has `server` serve it."""
@@ -110,7 +116,9 @@ class CommunicatorService:
             try:
                 await self._call(method, requests, context)
             except EpmeshError as exc:
-                await abort(context, exc)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_ABORT_S):
+                        await abort(context, exc)
 
         return grpc.stream_stream_rpc_method_handler(
             call,
@@ -119,23 +127,22 @@ class CommunicatorService:
         )
 
     async def _call(self, method: Method, requests: AsyncIterator[Any], context: _Context) -> None:
-        first = await anext(requests, None)
+        waits = CallWaits(method.name, context, self._idle_s)
+        first = await waits.until(anext(requests, None), lambda: "its first message did not come")
         if first is None or not first.HasField("call"):
             raise InvalidRequest(f"the first message of {method.name} must have `call`")
         driver = self._drivers.driver_of(first.call.rank, first.call.token)
         assembly = Assembly(first.call.tensors, self._budget.most)
-        with self._budget.holding(assembly.num_bytes):
-            assembly.add(first.data)
-            async for message in requests:
-                assembly.add(message.data)
-            reply = await self._forward(driver, _request(method, first, assembly), assembly.tensors(), context)
-        header = wire.CallResult(result=reply.response.driver_result, tensors=reply.response.tensors)
-        for message in messages(method.response, {"result": header}, reply.tensors):
-            await context.write(message)
+        with waits.driven_by(driver):
+            with self._budget.holding(assembly.num_bytes):
+                assembly.add(first.data)
+                await _gather(assembly, requests, waits)
+                reply = await self._forward(driver, _request(method, first, assembly), assembly.tensors(), context)
+            await _write(method, reply, context, waits)
 
     async def _forward(
         self, driver: Driver, request: front_pb2.FrontRequest, tensors: list[memoryview], context: _Context
-    ) -> Any:
+    ) -> FrontReply:
         """What the rank answers; an error as soon as the rank is gone."""
         shown = driver.entry.declaration.rank
         peer = FrontPeer(driver.entry.rank, shown.incarnation, shown.front_endpoint)
@@ -155,6 +162,27 @@ class CommunicatorService:
         finally:
             answer.cancel()
             ended.cancel()
+
+
+async def _gather(assembly: Assembly, requests: AsyncIterator[Any], waits: CallWaits) -> None:
+    """Takes in the messages after the first."""
+
+    def missing() -> str:
+        rest = assembly.num_missing
+        return f"{rest} of {assembly.num_bytes} bytes of tensors did not come" if rest else "its requests did not end"
+
+    waits.begin(assembly.num_bytes)
+    while (message := await waits.until(anext(requests, None), missing)) is not None:
+        assembly.add(message.data)
+
+
+async def _write(method: Method, reply: FrontReply, context: _Context, waits: CallWaits) -> None:
+    """Sends the answer as fast as it is read."""
+    num_bytes = sum(map(len, reply.tensors))
+    header = wire.CallResult(result=reply.response.driver_result, tensors=reply.response.tensors)
+    waits.begin(num_bytes)
+    for message in messages(method.response, {"result": header}, reply.tensors):
+        await waits.until(context.write(message), lambda: f"its answer of {num_bytes} bytes was not read")
 
 
 def _request(method: Method, first: Any, assembly: Assembly) -> front_pb2.FrontRequest:
