@@ -234,6 +234,8 @@ def test_addresses_and_fronts_are_whole_on_a_narrow_terminal(width: int) -> None
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "accelerator-host-17.example:7400" in shown
     assert "accelerator-host-17.example:41235" in shown
+    for part in ("slot", "node-17", "rank", "cuda:0", "serve", "experts"):
+        assert part in shown
 
 
 def test_without_a_terminal_a_rank_is_one_line(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -56,7 +56,7 @@ def view_as_tables(view: View, node: rank_service_pb2.DescribeNodeResponse | Non
         ("epoch ", "dim"), str(view.epoch), ("   nodes ", "dim"), str(len(view.nodes)), ("   ranks ", "dim"),
         str(len(view.ranks)), ("   stride ", "dim"), str(view.stride), ("   mesh ", "dim"), view.mesh_id,
     )  # fmt: skip
-    parts: list[RenderableType] = [head, _rank_table(view), _group_table(view)]
+    parts: list[RenderableType] = [head, _NoNarrower(_rank_table(view)), _group_table(view)]
     parts += [Text(line, style="bold red") for line in _warnings(view, node)]
     return Group(*parts)
 
@@ -78,16 +78,28 @@ def orphans(view: View, placement: Placement, mode: RankMode | None = None) -> l
     return [expert for expert, ranks in enumerate(placement.holders) if not any(rank in living for rank in ranks)]
 
 
+class _NoNarrower:
+    """A table whose columns keep their least widths: on a terminal that is too narrow, `rich` would drop some."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = self._table.columns
+        least = sum(column.min_width or 0 for column in columns) + 2 * len(columns)  # a space and a border between
+        yield from console.render(self._table, options.update(width=max(options.max_width, least)))
+
+
 def _rank_table(view: View) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("slot", justify="right")
-    table.add_column("node", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("slot", justify="right", no_wrap=True, min_width=len("slot"))
+    table.add_column("node", overflow="fold", min_width=6)
     _add_whole_column(table, "address", [node.address for node in view.nodes])
-    table.add_column("rank", justify="right")
-    table.add_column("device", overflow="fold")
-    table.add_column("mode", overflow="fold")
+    table.add_column("rank", justify="right", no_wrap=True, min_width=len("rank"))
+    table.add_column("device", overflow="fold", min_width=len("device"))
+    table.add_column("mode", overflow="fold", min_width=len("exchange"))
     _add_whole_column(table, "front", map(_front, view.ranks.values()))
-    table.add_column("experts", overflow="fold")
+    table.add_column("experts", overflow="fold", min_width=len("experts"))
     for node in view.nodes:
         first = [str(node.slot), node.node_id, node.address]
         for info in node.ranks:
