@@ -84,8 +84,8 @@ def lose_a_link_for_good(comm: Communicator, inbox: Path, who: int, mode: str) -
             done += 1
             if done == 5:
                 tell(inbox, "ready", comm.global_rank)
-                if comm.global_rank == who:
-                    _break_for_good(mode)
+            if done == 6 and comm.global_rank == who:  # all have begun this one, so all have told
+                _break_for_good(mode)
     except EpmeshError as error:
         seen.at = time.monotonic()
         seen.error, seen.text, seen.ranks = type(error).__name__, str(error), getattr(error, "ranks", ())
