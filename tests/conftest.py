@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 
 import hypothesis
 import pytest
@@ -18,6 +19,13 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--soak-s 60`` runs the load tests for a minute each."""
     parser.addoption("--soak-s", type=float, default=6.0, help="seconds that load tests go on")
+
+
+def pytest_configure() -> None:
+    """Hears Ctrl-C also where whoever started the tests has it ignored, as shells do for what runs in the background:
+    processes that tests start inherit that, and some tests interrupt them."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
