@@ -88,7 +88,9 @@ class Mesh:
 
     async def live(self, node_id: str) -> None:
         """Registers, answers every command, and begins again whenever the stream breaks."""
-        while True:
+        task = asyncio.current_task()
+        assert task is not None
+        while not task.cancelling():  # a call that fails as it is cancelled raises its own error, and the task lives on
             try:
                 async with self.registered(node_id) as node:
                     await self._follow(node)

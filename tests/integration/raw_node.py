@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from epmesh.errors import EpmeshError, from_rpc_error
+from epmesh.errors import EpmeshError, MeshUnavailable, from_rpc_error
 from epmesh.v1 import discovery_service_pb2 as discovery
 from epmesh.v1 import discovery_service_pb2_grpc as discovery_rpc
 from epmesh.v1 import group_service_pb2_grpc as groups_rpc
@@ -104,6 +104,7 @@ class RawNode:
             raise from_rpc_error(exc, "NodeSession") from exc
         if not isinstance(command, pb.NodeSessionResponse):
             await self.ended()
+            raise MeshUnavailable("the stream ended in good order")
         heard: pb.NodeSessionResponse = command
         self.heard.append(heard)
         return heard
