@@ -87,3 +87,11 @@ def test_options_named_alone_exist_too() -> None:
     for page in (page for page in PAGES if ROOT / "examples" not in page.parents):  # those have options of their own
         named = set(re.findall(r"`(--[a-z-]+)`", page.read_text()))
         assert named <= known, page
+
+
+def test_the_doctors_page_lists_every_cause_that_it_finds() -> None:
+    listed = set(re.findall(r"`([a-z0-9-]+)`(?=[^|\n]*\|)", (ROOT / "docs" / "doctor.md").read_text()))
+    sources = "\n".join(path.read_text() for path in (ROOT / "server" / "epmesh_server" / "doctor").rglob("*.py"))
+    found = set(re.findall(r'\b(?:error|warning|make)\(\s*"([a-z0-9-]+)"', sources))
+    assert len(found) > 40
+    assert found <= listed

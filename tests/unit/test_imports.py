@@ -15,6 +15,7 @@ CLIENT = ROOT / "client" / "epmesh"
 SERVER = ROOT / "server" / "epmesh_server"
 WITHOUT_IO = [
     *sorted((SERVER / "membership").glob("*.py")),
+    *sorted((SERVER / "doctor" / "checks").glob("*.py")),
     *(CLIENT / f"{name}.py" for name in ("layout", "placement", "rotation")),
 ]
 IO = {

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from epmesh.v1 import view_pb2 as epmesh_dot_v1_dot_view__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!epmesh/v1/discovery_service.proto\x12\tepmesh.v1\x1a\x14\x65pmesh/v1/view.proto\"\x10\n\x0eGetViewRequest\"A\n\x0fGetViewResponse\x12\x1d\n\x04view\x18\x01 \x01(\x0b\x32\x0f.epmesh.v1.View\x12\x0f\n\x07version\x18\x02 \x01(\t\"9\n\x11WatchViewsRequest\x12\x13\n\x0b\x61\x66ter_epoch\x18\x01 \x01(\x04\x12\x0f\n\x07mesh_id\x18\x02 \x01(\t\"D\n\x12WatchViewsResponse\x12\x1d\n\x04view\x18\x01 \x01(\x0b\x32\x0f.epmesh.v1.View\x12\x0f\n\x07version\x18\x02 \x01(\t2\xa1\x01\n\x10\x44iscoveryService\x12@\n\x07GetView\x12\x19.epmesh.v1.GetViewRequest\x1a\x1a.epmesh.v1.GetViewResponse\x12K\n\nWatchViews\x12\x1c.epmesh.v1.WatchViewsRequest\x1a\x1d.epmesh.v1.WatchViewsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!epmesh/v1/discovery_service.proto\x12\tepmesh.v1\x1a\x14\x65pmesh/v1/view.proto\"\x10\n\x0eGetViewRequest\"V\n\x0fGetViewResponse\x12\x1d\n\x04view\x18\x01 \x01(\x0b\x32\x0f.epmesh.v1.View\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0btime_unix_s\x18\x03 \x01(\x01\"9\n\x11WatchViewsRequest\x12\x13\n\x0b\x61\x66ter_epoch\x18\x01 \x01(\x04\x12\x0f\n\x07mesh_id\x18\x02 \x01(\t\"D\n\x12WatchViewsResponse\x12\x1d\n\x04view\x18\x01 \x01(\x0b\x32\x0f.epmesh.v1.View\x12\x0f\n\x07version\x18\x02 \x01(\t2\xa1\x01\n\x10\x44iscoveryService\x12@\n\x07GetView\x12\x19.epmesh.v1.GetViewRequest\x1a\x1a.epmesh.v1.GetViewResponse\x12K\n\nWatchViews\x12\x1c.epmesh.v1.WatchViewsRequest\x1a\x1d.epmesh.v1.WatchViewsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,11 +35,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETVIEWREQUEST']._serialized_start=70
   _globals['_GETVIEWREQUEST']._serialized_end=86
   _globals['_GETVIEWRESPONSE']._serialized_start=88
-  _globals['_GETVIEWRESPONSE']._serialized_end=153
-  _globals['_WATCHVIEWSREQUEST']._serialized_start=155
-  _globals['_WATCHVIEWSREQUEST']._serialized_end=212
-  _globals['_WATCHVIEWSRESPONSE']._serialized_start=214
-  _globals['_WATCHVIEWSRESPONSE']._serialized_end=282
-  _globals['_DISCOVERYSERVICE']._serialized_start=285
-  _globals['_DISCOVERYSERVICE']._serialized_end=446
+  _globals['_GETVIEWRESPONSE']._serialized_end=174
+  _globals['_WATCHVIEWSREQUEST']._serialized_start=176
+  _globals['_WATCHVIEWSREQUEST']._serialized_end=233
+  _globals['_WATCHVIEWSRESPONSE']._serialized_start=235
+  _globals['_WATCHVIEWSRESPONSE']._serialized_end=303
+  _globals['_DISCOVERYSERVICE']._serialized_start=306
+  _globals['_DISCOVERYSERVICE']._serialized_end=467
 # @@protoc_insertion_point(module_scope)

@@ -11,12 +11,14 @@ class GetViewRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetViewResponse(_message.Message):
-    __slots__ = ("view", "version")
+    __slots__ = ("view", "version", "time_unix_s")
     VIEW_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    TIME_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     view: _view_pb2.View
     version: str
-    def __init__(self, view: _Optional[_Union[_view_pb2.View, _Mapping]] = ..., version: _Optional[str] = ...) -> None: ...
+    time_unix_s: float
+    def __init__(self, view: _Optional[_Union[_view_pb2.View, _Mapping]] = ..., version: _Optional[str] = ..., time_unix_s: _Optional[float] = ...) -> None: ...
 
 class WatchViewsRequest(_message.Message):
     __slots__ = ("after_epoch", "mesh_id")

@@ -17,6 +17,7 @@ from epmesh.addresses import ANY_HOST, join_address, split_address
 from epmesh.errors import InvalidRequest
 from epmesh_server.cli.logs import LogLevel
 from epmesh_server.cli.supervisor import Supervisor, die_with_parent
+from epmesh_server.doctor import Asked, local_errors
 from epmesh_server.hosted.options import HostedRanks
 from epmesh_server.hosted.supervisor import HostedSupervisor, prepare_hosting
 from epmesh_server.node import NodeSettings, run_node
@@ -75,6 +76,7 @@ def serve(settings: NodeSettings, beside: CoordinatorOptions | None, hosted: Hos
     """
     if beside is not None and beside.port == 0:
         raise InvalidRequest("--coordinator-port is 0, and other nodes could not know it; choose a port")
+    _log_local_errors(settings, beside, hosted)
     if hosted is not None:
         prepare_hosting()
     asyncio.run(_until_signal(lambda signals: _serve(settings, beside, hosted, signals)))
@@ -118,6 +120,24 @@ def address_here(bound: str) -> str:
     """Where processes of this host reach a service that listens at `bound`."""
     host, port = split_address(bound, "address")
     return join_address("127.0.0.1" if host in ANY_HOST else host, port)
+
+
+def _log_local_errors(settings: NodeSettings, beside: CoordinatorOptions | None, hosted: HostedRanks | None) -> None:
+    """What is wrong here already, so that nobody has to ask the doctor first. It ends no service."""
+    asked = Asked(
+        host=settings.host,
+        port=settings.port,
+        advertise=settings.advertise,
+        coordinator=settings.coordinator if beside is None else None,
+        runtime_dir=settings.runtime_dir,
+        data_dir=beside.directory if beside is not None else None,
+        buffer_bytes=settings.buffer_bytes,
+        ranks=hosted.count if hosted is not None else 0,
+        device=hosted.device if hosted is not None else "cpu",
+        insecure=settings.insecure,
+    )
+    for finding in local_errors(asked):
+        _log.error("%s: %s. %s Mend: %s", finding.cause, finding.seen, finding.why, finding.mend)
 
 
 async def _serve(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
@@ -165,7 +166,8 @@ class Services:
 
     async def get_view(self, request: discovery.GetViewRequest, context: Context) -> bytes:
         """The last committed view; epoch 0 before the first."""
-        return self._engine.board.encoded
+        clock = discovery.GetViewResponse(time_unix_s=time.time())
+        return self._engine.board.encoded + clock.SerializeToString()  # messages that follow each other are merged
 
     async def watch_views(self, request: discovery.WatchViewsRequest, context: Context) -> AsyncIterator[bytes]:
         """The current view and every later one, or only the newest for those who read slowly."""

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from epmesh.errors import InvalidRequest
 
-GRPC_SOCKET, DESCRIPTOR_SOCKET, _LOCK = "grpc.sock", "descriptors.sock", "lock"
-_PREFIX = "epmesh-node-"
+GRPC_SOCKET, DESCRIPTOR_SOCKET, LOCK = "grpc.sock", "descriptors.sock", "lock"
+PREFIX = "epmesh-node-"
 _ABANDONED_S = 60.0  # younger ones may be about to take their lock
-_MAX_SOCKET_PATH_BYTES = 107
+MAX_SOCKET_PATH_BYTES = 107
 
 
 @contextlib.contextmanager
@@ -32,24 +32,24 @@ def runtime_directory(wanted: Path | None) -> Iterator[Path]:
             exit_stack.callback(shutil.rmtree, path, ignore_errors=True)
         _check_length(path)
         exit_stack.enter_context(_locked(path))
-        for name in (GRPC_SOCKET, DESCRIPTOR_SOCKET, _LOCK):
+        for name in (GRPC_SOCKET, DESCRIPTOR_SOCKET, LOCK):
             exit_stack.callback((path / name).unlink, missing_ok=True)
         yield path
 
 
 def _fresh() -> Path:
-    path = Path(tempfile.mkdtemp(prefix=_PREFIX))  # mkdtemp makes it 0700
+    path = Path(tempfile.mkdtemp(prefix=PREFIX))  # mkdtemp makes it 0700
     _sweep(path.parent)
     return path
 
 
 def _sweep(parent: Path) -> None:
     """Removes what node services that were killed have left: our directories that nobody holds the lock of."""
-    for path in parent.glob(f"{_PREFIX}*"):
+    for path in parent.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError, InvalidRequest):
             status = path.stat()
             abandoned = status.st_uid == os.geteuid() and time.time() - status.st_mtime > _ABANDONED_S
-            if abandoned and (path / _LOCK).exists():
+            if abandoned and (path / LOCK).exists():
                 with _locked(path):
                     shutil.rmtree(path)
 
@@ -69,7 +69,7 @@ def _given(path: Path) -> Path:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Holds the directory's lock, which the kernel frees however the process ends."""
-    with (path / _LOCK).open("w") as lock:
+    with (path / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -77,9 +77,13 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def longest_socket_path(path: Path) -> bytes:
+    """The longest path of a socket in a runtime directory, as the kernel takes it."""
+    return os.fsencode(path / DESCRIPTOR_SOCKET)
+
+
 def _check_length(path: Path) -> None:
-    longest = os.fsencode(path / DESCRIPTOR_SOCKET)
-    if len(longest) > _MAX_SOCKET_PATH_BYTES:
+    if len(longest_socket_path(path)) > MAX_SOCKET_PATH_BYTES:
         raise InvalidRequest(
-            f"runtime directory {path} is too long: a unix socket's path has at most {_MAX_SOCKET_PATH_BYTES} bytes"
+            f"runtime directory {path} is too long: a unix socket's path has at most {MAX_SOCKET_PATH_BYTES} bytes"
         )

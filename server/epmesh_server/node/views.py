@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -69,7 +70,9 @@ class Discovery(discovery_service_pb2_grpc.DiscoveryServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> discovery_service_pb2.GetViewResponse:
         """The newest view; epoch 0 before the first."""
-        return discovery_service_pb2.GetViewResponse(view=self._board.message or view_pb2.View(), version=VERSION)
+        return discovery_service_pb2.GetViewResponse(
+            view=self._board.message or view_pb2.View(), version=VERSION, time_unix_s=time.time()
+        )
 
     async def WatchViews(
         self,

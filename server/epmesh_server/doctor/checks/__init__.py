@@ -1,0 +1,1 @@
+"""Checks: what facts mean. Pure; each yields findings, and names the mend of what is wrong."""
