@@ -16,7 +16,10 @@ PY_DIRS := $(wildcard client server tests examples benchmarks proto docs)
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check format bench proto docs clean distclean
+# Minutes that `make fuzz` takes.
+MINUTES ?= 2
+
+.PHONY: help setup demo test check format bench fuzz proto docs clean distclean
 
 help:  ## say what there is (the default)
 	@echo "epmesh: expert-parallel all-to-all as a service"
@@ -65,6 +68,11 @@ format: $(STAMP)  ## let ruff format and mend the sources
 
 bench: $(STAMP)  ## dispatch + combine beside all-gather/reduce-scatter over Gloo, in one run
 	@$(BIN)/epmesh bench $(ARGS)
+
+fuzz: $(STAMP)  ## random bytes against all that reads from outside, for MINUTES=2; ends with fuzz: PASS
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[fuzz]' 2>/dev/null \
+	    || echo "fuzz: atheris does not install here; inputs are mutated without its guidance"
+	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)
 
 proto:  ## regenerate the stubs under client/epmesh/v1 from proto/
 	@PYTHON="$(PYTHON)" proto/generate.sh client
