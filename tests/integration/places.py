@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,10 @@ net() { ip link add "$1" type veth peer name "$1-peer"; ip address add "$2" dev 
 nobody() { ip neighbour replace "$2" lladdr 02:00:00:00:00:99 dev "$1" nud permanent; }
 named() { printf '%s\n' "$@" > "$PLACE/hosts"; mount --bind "$PLACE/hosts" /etc/hosts; }
 asks() { printf '%s\n' "$@" > "$PLACE/resolv.conf"; mount --bind "$PLACE/resolv.conf" /etc/resolv.conf; }
-listens() { until (: > "/dev/tcp/${1%:*}/${1##*:}") 2> /dev/null; do :; done; }
-registered() { until epmesh status "$1" 2> /dev/null | grep -q "epoch [1-9]"; do :; done; }
+listens() { until (: > "/dev/tcp/${1%:*}/${1##*:}") 2> /dev/null; do sleep 0.05; done; }
+registered() { until epmesh status "$1" 2> /dev/null | grep -q "epoch [1-9]"; do sleep 0.05; done; }
 epmesh() { python -m epmesh_server.cli "$@"; }
-coordinator() { epmesh coordinator --data-dir "$PLACE/log" "$@" & }
+coordinator() { python -m epmesh_server.cli coordinator --data-dir "$PLACE/state" "$@" & }
 stranger() { python -m http.server "$1" --bind 127.0.0.1 > "$PLACE/stranger" 2>&1 & listens "127.0.0.1:$1"; }
 named '127.0.0.1 localhost'
 asks ''
@@ -60,10 +62,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Report:
-    """What `epmesh doctor --json` said, and its exit code."""
+    """What `epmesh doctor --json` said, its exit code, and how long it took."""
 
     document: dict[str, Any]
     code: int
+    took_s: float
 
     def causes(self, *severities: str) -> set[str]:
         """Causes of findings of these severities."""
@@ -85,31 +88,35 @@ def why_no_places() -> str:
 
 
 def run_there(
-    command: str, setup: str, directory: Path, environment: dict[str, str]
+    command: str, setup: str = "", environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a shell command in a new place; its processes end with it."""
-    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "PYTHONPATH", "VIRTUAL_ENV")}
-    return subprocess.run(
-        [*_UNSHARE, "bash", "-c", f"{_SHELL}\n{setup}\n{command}"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=_WITHIN_S,
-        cwd=ROOT,
-        env={
-            **kept,
-            "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",
-            "PLACE": str(directory),
-            "TMPDIR": str(directory),
-            "XDG_STATE_HOME": str(directory / "state"),
-            **environment,
-        },
-    )
+    """Runs a shell command in a new place, with an empty directory; processes and directory end with it."""
+    kept = {name: value for name, value in os.environ.items() if name in ("LANG", "PYTHONPATH", "VIRTUAL_ENV")}
+    with tempfile.TemporaryDirectory(prefix="place-") as directory:  # pytest's would be too long for unix sockets
+        return subprocess.run(
+            [*_UNSHARE, "bash", "-c", f"{_SHELL}\n{setup}\n{command}"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_WITHIN_S,
+            cwd=ROOT,
+            env={
+                **kept,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "PLACE": directory,
+                "TMPDIR": directory,
+                "XDG_STATE_HOME": f"{directory}/state",
+                **(environment or {}),
+            },
+        )
 
 
-def examine(place: Place, directory: Path) -> Report:
+def examine(place: Place) -> Report:
     """What the doctor says in a place."""
     command = f"{place.wrapper} python -m epmesh_server.cli doctor --json {place.arguments}"
-    ended = run_there(command, place.setup, directory, place.environment)
+    timed = f"began=${{EPOCHREALTIME}}; code=0; {command} || code=$?; echo $began $EPOCHREALTIME; exit $code"
+    ended = run_there(timed, place.setup, place.environment)
     assert ended.stdout.startswith("{"), ended.stdout + ended.stderr
-    return Report(json.loads(ended.stdout), ended.returncode)
+    document, end = json.JSONDecoder().raw_decode(ended.stdout)
+    began_s, ended_s = map(float, ended.stdout[end:].split())
+    return Report(document, ended.returncode, ended_s - began_s)

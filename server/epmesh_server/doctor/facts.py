@@ -191,6 +191,7 @@ class Kind(enum.Enum):
     NODE = "node service"
     COORDINATOR = "coordinator"
     STRANGER = "something else"
+    MUTE = "something that does not answer"
     NOBODY = "nobody"
 
 

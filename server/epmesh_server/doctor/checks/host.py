@@ -94,7 +94,7 @@ def _first(host: HostFacts) -> Iterator[Finding]:
     if name in _SHELLS and len(host.first_process) > 1:
         yield warning(
             "shell-first",
-            f"process 1 is `{' '.join(host.first_process)[:60]}`",
+            f"process 1 is `{' '.join(' '.join(host.first_process).split())[:60]}`",
             "A shell passes no signals on: at `docker stop` the node is killed after 10 s instead of leaving.",
             "the exec form, `command: [epmesh, serve]`, or `exec epmesh serve` in the script",
         )

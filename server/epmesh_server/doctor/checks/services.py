@@ -180,6 +180,13 @@ def _half_open(service: Service, dial: Dial) -> Finding:
 
 
 def _somebody_else(service: Service, wanted: Kind) -> Finding:
+    if service.kind is Kind.MUTE:
+        return error(
+            "no-answer",
+            f"what listens at {service.address} takes connections and answers no call: {service.problem}",
+            f"If it is the {wanted.value}, it stands still: stopped, out of CPU time, or swapped out.",
+            "look at it with `docker-compose ps`, `docker stats` or `kubectl top pod`, and start it again",
+        )
     if service.kind is Kind.STRANGER:
         return error(
             "not-epmesh",

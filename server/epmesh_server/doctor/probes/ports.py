@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from epmesh_server.doctor.facts import Port
@@ -52,14 +54,25 @@ def _owner(number: int) -> tuple[int, str]:
     """Process id and command line of who listens on a port of this network namespace; (0, "") where that is hidden."""
     inodes = set(_listening_inodes(number))
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            links = [str(link.readlink()) for link in (process / "fd").iterdir()]
-        except OSError:  # not ours to see, or gone
-            continue
-        if any(link in inodes for link in links):
-            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-            return int(process.name), command
+        if inodes.intersection(_descriptors(process)):
+            return int(process.name), _command(process)
     return 0, ""
+
+
+def _command(process: Path) -> str:
+    with contextlib.suppress(OSError):
+        return (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    return "it ended just now"
+
+
+def _descriptors(process: Path) -> Iterator[str]:
+    """What the descriptors of a process stand for, as far as this user may see it and it stays open."""
+    links: list[Path] = []
+    with contextlib.suppress(OSError):
+        links = list((process / "fd").iterdir())
+    for link in links:
+        with contextlib.suppress(OSError):
+            yield str(link.readlink())
 
 
 def _listening_inodes(number: int) -> list[str]:

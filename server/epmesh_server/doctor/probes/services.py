@@ -19,7 +19,7 @@ from epmesh_server.doctor.probes.together import run_together
 
 _NAME_WITHIN_S = 1.5
 _DIAL_WITHIN_S = 1.0
-_CALL_WITHIN_S = 1.0
+_CALL_WITHIN_S = 1.5
 
 
 def look_at_mesh(asked: Asked) -> MeshFacts:
@@ -31,7 +31,7 @@ def look_at_mesh(asked: Asked) -> MeshFacts:
         wanted["node"] = asked.node
     found, _ = run_together(
         {role: lambda address=address: ask(address) for role, address in wanted.items()},  # type: ignore[misc]
-        _NAME_WITHIN_S + _DIAL_WITHIN_S + 3 * _CALL_WITHIN_S,
+        _NAME_WITHIN_S + _DIAL_WITHIN_S + _CALL_WITHIN_S,
     )
     views = [view for _, view in found.values() if view is not None]
     newest = max(views, key=lambda view: view.epoch, default=None)
@@ -71,7 +71,7 @@ def _ask(channel: grpc.Channel, service: Service) -> tuple[Service, View | None]
         answer = discovery.GetView(request, timeout=_CALL_WITHIN_S)
         took_s = time.time() - sent
     except grpc.RpcError as exc:
-        return replace(service, kind=Kind.STRANGER, problem=_text(exc)), None
+        return _unanswered(service, exc), None
     service = replace(
         service,
         version=answer.version,
@@ -94,7 +94,7 @@ def _with_kind(channel: grpc.Channel, service: Service) -> Service:
     except grpc.RpcError as exc:
         if _code(exc) is grpc.StatusCode.UNIMPLEMENTED:
             return replace(service, kind=Kind.COORDINATOR)
-        return replace(service, kind=Kind.STRANGER, problem=_text(exc))
+        return _unanswered(service, exc)
     return replace(
         service,
         kind=Kind.NODE,
@@ -104,6 +104,11 @@ def _with_kind(channel: grpc.Channel, service: Service) -> Service:
         registered=node.registered,
         coordinator_reachable=node.coordinator_reachable,
     )
+
+
+def _unanswered(service: Service, error: grpc.RpcError) -> Service:
+    late = _code(error) is grpc.StatusCode.DEADLINE_EXCEEDED
+    return replace(service, kind=Kind.MUTE if late else Kind.STRANGER, problem=_text(error))
 
 
 def dial_endpoints(view: View) -> tuple[Endpoint, ...]:
