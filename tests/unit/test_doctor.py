@@ -29,6 +29,7 @@ from epmesh_server.doctor.facts import (
     Resolver,
     Service,
 )
+from epmesh_server.doctor.probes.gpu import driver_version
 from epmesh_server.doctor.probes.interfaces import default_interface, read_interfaces
 from epmesh_server.doctor.probes.limits import look_at_limits
 from epmesh_server.doctor.probes.names import read_resolver
@@ -420,6 +421,20 @@ def test_what_is_wrong_with_gpus_is_told(gpu: GpuFacts, cause: str, word: str) -
     finding = found(replace(WELL, gpu=gpu), cuda)[cause]
     assert word in finding.why
     assert found(replace(WELL, gpu=gpu)) == {}  # no rank uses one
+
+
+def test_devices_that_a_variable_hides_are_told_so() -> None:
+    gpu = replace(GPUS, problem="cuInit says CUDA_ERROR_NO_DEVICE (100)", device_files=("/dev/nvidia0",))
+    host = HostFacts(environment={"CUDA_VISIBLE_DEVICES": ""}, versions={"torch": "2"})
+    finding = found(replace(WELL, gpu=gpu, host=host), replace(ASKED, device="cuda"))["gpu-missing"]
+    assert "CUDA_VISIBLE_DEVICES= hides" in finding.why
+
+
+def test_the_drivers_version_is_not_that_of_the_processor() -> None:
+    text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\nGCC version: 15.3.0\n"
+    assert driver_version(text) == "580.159.04"
+    assert driver_version("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.54  Tue\n") == "535.54"
+    assert driver_version("") == ""
 
 
 def test_gpus_that_work_are_well() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from epmesh_server.doctor.facts import Asked, Facts, GpuFacts
+from epmesh_server.doctor.facts import Asked, Facts, GpuFacts, HostFacts
 from epmesh_server.doctor.findings import Finding, error, ok, warning
 
 _GIVE = (
@@ -19,7 +19,7 @@ def check_gpus(asked: Asked, facts: Facts) -> Iterator[Finding]:
     if gpu is None or not asked.on_gpu:
         return
     if gpu.problem:
-        yield _missing(gpu)
+        yield _missing(gpu, facts.host)
         return
     yield ok("gpus", f"{len(gpu.names)}: {', '.join(sorted(set(gpu.names)))}; driver {gpu.driver or 'unknown'}")
     yield from _numbers(asked, gpu)
@@ -27,9 +27,12 @@ def check_gpus(asked: Asked, facts: Facts) -> Iterator[Finding]:
     yield from _between(asked, gpu)
 
 
-def _missing(gpu: GpuFacts) -> Finding:
+def _missing(gpu: GpuFacts, host: HostFacts | None) -> Finding:
     seen = f"{', '.join(gpu.device_files) or 'no /dev/nvidia*'}; driver {gpu.driver or 'not loaded'}; {gpu.problem}"
-    if gpu.driver and not gpu.device_files:
+    hidden = host.environment.get("CUDA_VISIBLE_DEVICES") if host is not None else None
+    if gpu.driver and gpu.device_files and hidden is not None:
+        why, mend = f"CUDA_VISIBLE_DEVICES={hidden} hides the devices.", "unset it, or name devices that there are"
+    elif gpu.driver and not gpu.device_files:
         why, mend = "The host has a driver, this container was given no device.", _GIVE
     elif not gpu.driver:
         why = "The kernel has no NVIDIA driver."

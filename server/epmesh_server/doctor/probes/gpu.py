@@ -24,15 +24,18 @@ _NAME_BYTES = 128
 def look_at_gpus() -> GpuFacts:
     """What the driver says, or why it says nothing."""
     version = Path("/proc/driver/nvidia/version")
-    found = re.search(r"Kernel Module\D*([\d.]+)", version.read_text()) if version.exists() else None
     facts = GpuFacts(
         device_files=tuple(sorted(str(path) for path in Path("/dev").glob("nvidia[0-9]*"))),
-        driver=found.group(1) if found else "",
+        driver=driver_version(version.read_text()) if version.exists() else "",
         torch_cuda=_torch_cuda(),
     )
     try:
         asked = subprocess.run(
-            [sys.executable, "-m", __spec__.name], capture_output=True, text=True, timeout=_WITHIN_S, check=False
+            [sys.executable, "-c", f"from {__name__} import main; main()"],
+            capture_output=True,
+            text=True,
+            timeout=_WITHIN_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return replace(facts, problem=f"the driver did not answer within {_WITHIN_S:g} s")
@@ -41,6 +44,17 @@ def look_at_gpus() -> GpuFacts:
     said = json.loads(asked.stdout)
     said["no_peer_access"] = tuple(tuple(pair) for pair in said["no_peer_access"])
     return replace(facts, **{**said, "names": tuple(said["names"])})
+
+
+def driver_version(text: str) -> str:
+    """The version in the first line of /proc/driver/nvidia/version; empty where there is none."""
+    found = re.search(r"\b\d+\.\d+(\.\d+)*\b", text.partition("\n")[0])
+    return found.group() if found else ""
+
+
+def main() -> None:
+    """Asks the driver in this process and writes what it says as JSON."""
+    sys.stdout.write(json.dumps(_ask_driver()))
 
 
 def _torch_cuda() -> str:
@@ -95,7 +109,3 @@ def _name(driver: _Driver, device: int) -> str:
     text = ctypes.create_string_buffer(_NAME_BYTES)
     driver("cuDeviceGetName", text, _NAME_BYTES, device)
     return text.value.decode()
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_ask_driver()))
