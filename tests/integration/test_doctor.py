@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -329,6 +332,19 @@ PLACES = (
         environment={"MASTER_ADDR": "10.0.0.1"},
     ),
     Place(
+        "kubernetes_sets_variables_for_services_of_our_name",
+        ("service-links",),
+        HERE,
+        f"{AWAY} --advertise 10.9.0.1",
+        ("Kubernetes sets EPMESH_SERVICE_HOST and EPMESH_COORDINATOR_SERVICE_HOST", "10.9.0.1:7401 answers"),
+        environment={
+            "EPMESH_SERVICE_HOST": "10.96.0.7",
+            "EPMESH_PORT": "tcp://10.96.0.7:7400",
+            "EPMESH_COORDINATOR_SERVICE_HOST": "10.96.0.8",
+            "EPMESH_COORDINATOR_PORT": "tcp://10.96.0.8:7401",
+        },
+    ),
+    Place(
         "a_shell_is_process_1",
         ("shell-first",),
         seen=("process 1 is `bash -c ",),
@@ -382,6 +398,33 @@ def test_the_doctor_finds(place: Place, reports: Callable[[Place], Report]) -> N
         assert finding["severity"] == "ok" or (finding["why"] and finding["mend"])
     assert "secret" not in json.dumps(report.document)
     assert report.took_s < 4 * SIX_S
+
+
+@pytest.fixture
+def little_memory() -> Iterator[Path]:
+    """A memory cgroup of 300 MiB, version 1 or 2."""
+    root = Path("/sys/fs/cgroup/memory") if Path("/sys/fs/cgroup/memory").exists() else Path("/sys/fs/cgroup")
+    group = root / f"epmesh-doctor-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as exc:
+        pytest.skip(f"no cgroup can be made here: {exc}")
+    try:
+        limits = [group / name for name in ("memory.limit_in_bytes", "memory.max") if (group / name).exists()]
+        if not limits:
+            pytest.skip("cgroups here do not limit memory")
+        limits[0].write_text(str(300 << 20))
+        yield group
+    finally:
+        group.rmdir()
+
+
+def test_the_doctor_finds_that_ranks_do_not_fit_into_the_containers_memory(little_memory: Path) -> None:
+    enter = f"echo $$ > {little_memory}/cgroup.procs"
+    place = Place("little_memory", ("memory-limit",), enter, "--ranks 2")
+    report = examine(place)
+    assert "memory-limit" in report.causes("error"), report.text
+    assert re.search(rf"{little_memory}/memory\S+ is 300 MiB, .* in use; .* 2 ranks take", report.text)
 
 
 def test_a_service_logs_at_its_start_what_is_wrong_with_it() -> None:

@@ -19,7 +19,7 @@ from epmesh.v1 import rank_service_pb2
 from epmesh.view import GroupInfo, NodeInfo, RankInfo, RankMode, View
 from epmesh_server.cli import app as app_module
 from epmesh_server.cli import main, serving, status
-from epmesh_server.cli.app import app, parse_size
+from epmesh_server.cli.app import app, parse_size, take_service_links
 from epmesh_server.cli.logs import LogLevel
 from epmesh_server.cli.serving import CoordinatorOptions, default_data_dir
 from epmesh_server.cli.tables import orphans, ranges, view_as_dict, view_as_tables
@@ -49,6 +49,12 @@ VIEW = View(
 
 
 @pytest.fixture(autouse=True)
+def test_variables_that_kubernetes_makes_of_a_services_name_are_no_options() -> None:
+    environment = {"EPMESH_PORT": "tcp://10.96.0.7:7400", "EPMESH_COORDINATOR_PORT": "7411", "PATH": "/bin"}
+    assert take_service_links(environment) == {"EPMESH_PORT": "tcp://10.96.0.7:7400"}
+    assert environment == {"EPMESH_COORDINATOR_PORT": "7411", "PATH": "/bin"}
+
+
 def _logging_as_it_was() -> Iterator[None]:
     root = logging.getLogger()
     before = root.handlers[:], root.level

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import os
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +39,12 @@ class BenchOf(enum.Enum):
 
 def main() -> None:
     """Runs the command of `sys.argv`. An `EpmeshError` becomes one line on stderr and exit code 1."""
+    for name, value in take_service_links(os.environ).items():
+        print(
+            f"epmesh: {name}={value} is not used: Kubernetes sets it for a service of that name; "
+            "`enableServiceLinks: false` in the pod's spec stops that",
+            file=sys.stderr,
+        )
     try:
         app()
     except EpmeshError as exc:
@@ -486,6 +494,15 @@ def bench(
     {BenchOf.EXCHANGE: run_bench, BenchOf.ROUTER: bench_routers, BenchOf.ATTACH: bench_attach}[of](
         plan, as_json=as_json
     )
+
+
+def take_service_links(environment: MutableMapping[str, str]) -> dict[str, str]:
+    """Takes variables out of `environment` that Kubernetes made, and returns them.
+
+    In a pod, a service named ``epmesh`` is also ``EPMESH_PORT=tcp://10.96.0.7:7400``, which is an option's variable.
+    """
+    names = [name for name in ("EPMESH_PORT", "EPMESH_COORDINATOR_PORT") if "://" in environment.get(name, "")]
+    return {name: environment.pop(name) for name in names}
 
 
 def parse_size(text: str) -> int:

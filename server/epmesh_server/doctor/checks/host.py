@@ -10,6 +10,7 @@ from epmesh_server.doctor.findings import Finding, error, ok, warning
 _SHELLS = ("sh", "bash", "dash", "ash", "busybox")
 _MANY_ZOMBIES = 8
 _LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+_SERVICE_LINKS = ("EPMESH_SERVICE_HOST", "EPMESH_COORDINATOR_SERVICE_HOST")
 _INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 
@@ -77,6 +78,14 @@ def _environment(asked: Asked, facts: Facts, host: HostFacts) -> Iterator[Findin
             "epmesh does not read them; code of yours that calls torch.distributed.init_process_group does, and waits "
             "for that address.",
             "leave them out of the container's environment",
+        )
+    links = [name for name in _SERVICE_LINKS if name in host.environment]
+    if links:
+        yield warning(
+            "service-links",
+            f"Kubernetes sets {' and '.join(links)}, and so a variable of epmesh's port beside each",
+            "The variable of an option is taken by a service of the same name; epmesh passes it over.",
+            "`enableServiceLinks: false` in the pod's spec, or another name for the service",
         )
     if host.environment.get("NCCL_P2P_DISABLE") == "1" and asked.on_gpu:
         yield warning(

@@ -23,6 +23,8 @@ _VARIABLES = (
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
     "TMPDIR",
+    "EPMESH_SERVICE_HOST",
+    "EPMESH_COORDINATOR_SERVICE_HOST",
     *(name for proxy in ("http_proxy", "https_proxy", "grpc_proxy", "no_proxy") for name in (proxy, proxy.upper())),
 )
 
