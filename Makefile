@@ -40,8 +40,8 @@ $(STAMP): pyproject.toml constraints.txt
 	    "$(PYTHON)" -m venv --clear $(VENV) \
 	        || { echo "setup: 'python -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; \
 	fi
-	@echo "setup: installing epmesh[server,dev] into $(VENV) (the first time this takes some minutes; torch is large)"
-	@$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[server,dev]' 2>$(VENV)/install.err \
+	@echo "setup: installing epmesh[server,examples,dev] into $(VENV) (the first time this takes some minutes; torch is large)"
+	@$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[server,examples,dev]' 2>$(VENV)/install.err \
 	    | tee $(VENV)/install.log | sed -un 's/^Collecting \([^ ]*\).*/  getting \1/p; s/^Installing collected packages.*/  installing them/p' \
 	    || { tail -n 20 $(VENV)/install.log $(VENV)/install.err >&2; echo "setup: FAIL (whole output: $(VENV)/install.log)" >&2; exit 1; }
 	@touch $@

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .config import VOCABULARY, WEIGHTS
 from .experts import RoutedExperts
-from .generate import encode_prompts, generate
+from .generation import generate
 from .model import MoeLanguageModel
-from .weights import VOCABULARY, WEIGHTS, load, load_tokenizer
+from .tokenizer import encode_prompts, load_tokenizer
+from .weights import load
 
 
 def main() -> None:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .config import VOCABULARY, WEIGHTS
 from .corpus import read_corpus
 from .model import MoeLanguageModel, Routing
-from .tokenizer import Tokenizer
-from .weights import VOCABULARY, WEIGHTS, load, load_tokenizer
+from .tokenizer import Tokenizer, load_tokenizer
+from .weights import load
 
 EVAL_BATCH = 16
 

@@ -9,23 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .config import NO_TOKEN, MoeConfig, rotary_turns
 from .experts import ExpertBackend, Experts, LocalExperts, empty_experts
-
-NO_TOKEN = -1  # a hole in a batch: before a shorter prompt, or after a sequence's end
-
-
-@dataclass(frozen=True)
-class MoeConfig:
-    """The model's shape; sizes are numbers of elements, `context` of tokens."""
-
-    vocab_size: int = 2048
-    hidden_size: int = 160
-    num_layers: int = 4
-    num_heads: int = 5
-    num_experts: int = 16
-    num_topk: int = 2
-    expert_size: int = 192
-    context: int = 256
 
 
 class Routing(NamedTuple):
@@ -118,7 +103,9 @@ class MoeLanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size)
-        self.register_buffer("_turns", rotary_turns(config), persistent=False)  # not stored with the weights
+        self.register_buffer(
+            "_turns", torch.from_numpy(rotary_turns(config)), persistent=False
+        )  # not stored with the weights
         self._initialise()
 
     def forward(
@@ -196,17 +183,6 @@ def _masked(present: Tensor, start: int) -> Tensor:
     column = torch.arange(seen, device=present.device)
     row = column[start:].unsqueeze(1)
     return (present.unsqueeze(1) & (column <= row) | (column == row)).unsqueeze(1)
-
-
-def rotary_turns(config: MoeConfig) -> Tensor:
-    """Cosines and sines, fp32 `[context, 2, head_size / 2]`, by which each position turns queries and keys (RoPE).
-
-    On the CPU, also where a model is made on the meta device.
-    """
-    half = config.hidden_size // config.num_heads // 2
-    speed = 10_000.0 ** (-torch.arange(half, device="cpu") / half)
-    angle = torch.outer(torch.arange(config.context, device="cpu"), speed)
-    return torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .config import WEIGHTS
 from .experts import ServedExperts
-from .weights import WEIGHTS, load_experts_share
+from .weights import load_experts_share
 
 if TYPE_CHECKING:
     import epmesh

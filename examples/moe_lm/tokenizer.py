@@ -10,6 +10,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from .config import VOCABULARY
+
 Pair = tuple[int, int]
 _WORD = re.compile(r" ?[A-Za-z]+(?:'[a-z]+)?| ?[^\sA-Za-z]+|\s")
 _NUM_BYTES = 256
@@ -57,6 +59,16 @@ class Tokenizer:
             rank = min(self._ranks[pair] for pair in known)
             tokens = _merge(tokens, self.merges[rank], _NUM_BYTES + rank)
         return tokens
+
+
+def load_tokenizer(path: Path = VOCABULARY) -> Tokenizer:
+    """Read the vocabulary that belongs to the committed weights."""
+    return Tokenizer.load(path)
+
+
+def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, the end mark first: that is how every text began in training."""
+    return [[tokenizer.end, *tokenizer.encode(text)] for text in texts]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

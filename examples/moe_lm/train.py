@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .config import VOCABULARY, WEIGHTS, MoeConfig
 from .corpus import Corpus, read_corpus
 from .evaluate import bits_per_byte, token_stream
-from .model import MoeConfig, MoeLanguageModel, Routing
-from .tokenizer import Tokenizer, train_tokenizer
-from .weights import VOCABULARY, WEIGHTS, load_tokenizer, save
+from .model import MoeLanguageModel, Routing
+from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from .weights import save
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .config import WEIGHTS, is_dense, load_config
 from .experts import ExpertBackend, Experts
-from .model import MoeConfig, MoeLanguageModel
-from .tokenizer import Tokenizer
-
-WEIGHTS = Path(__file__).with_name("weights.safetensors")
-VOCABULARY = Path(__file__).with_name("vocabulary.json")
+from .model import MoeLanguageModel
 
 
 def save(model: MoeLanguageModel, path: Path) -> None:
@@ -46,12 +43,6 @@ def load(
     return model.eval().requires_grad_(False)
 
 
-def load_config(path: Path = WEIGHTS) -> MoeConfig:
-    """Read the model's shape from the file's metadata."""
-    with safe_open(path, framework="pt") as file:
-        return MoeConfig(**json.loads(file.metadata()["config"]))
-
-
 def load_experts_share(path: Path, expert_ids: Sequence[int]) -> list[Experts]:
     """Read only the named experts, one `Experts` per layer, in fp32.
 
@@ -63,11 +54,6 @@ def load_experts_share(path: Path, expert_ids: Sequence[int]) -> list[Experts]:
         raise ValueError(f"experts {unknown} are outside 0..{config.num_experts - 1}")
     with safe_open(path, framework="pt") as file:
         return [_read_experts(file, f"blocks.{layer}.experts", expert_ids) for layer in range(config.num_layers)]
-
-
-def load_tokenizer(path: Path = VOCABULARY) -> Tokenizer:
-    """Read the vocabulary that belongs to the committed weights."""
-    return Tokenizer.load(path)
 
 
 class _NoInitialisation(TorchFunctionMode):
@@ -95,4 +81,4 @@ def _read_rows(stacked: Any, rows: Sequence[int]) -> Tensor:
 
 def _load_dense(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name).float() for name in file.keys() if ".experts." not in name}  # noqa: SIM118
+        return {name: file.get_tensor(name).float() for name in filter(is_dense, file.keys())}

@@ -17,7 +17,7 @@ pytest.importorskip("safetensors")
 from torch import Tensor  # noqa: E402
 
 from examples import moe_lm  # noqa: E402
-from examples.moe_lm import corpus, evaluate, tokenizer, weights  # noqa: E402
+from examples.moe_lm import corpus, evaluate, numpy_model, tokenizer, weights  # noqa: E402
 
 WORLD_SIZE = 4
 NUM_STEPS = 8
@@ -305,3 +305,40 @@ def test_committed_weights_beat_every_unigram_on_held_out_text(
     learned = evaluate.bits_per_byte(reference, vocabulary, [text])
     assert learned < 0.8 * best_unigram["token unigram"]
     assert learned < 0.6 * best_unigram["byte unigram"]
+
+
+def test_numpy_form_predicts_what_the_model_does(
+    reference: moe_lm.MoeLanguageModel, vocabulary: moe_lm.Tokenizer
+) -> None:
+    def all_experts(rows: numpy_model.ExpertRows) -> numpy_model.Floats:
+        x, topk_weights = torch.from_numpy(rows.hidden_states), torch.from_numpy(rows.topk_weights)
+        share = reference.layers[rows.layer].experts
+        sums: numpy_model.Floats = moe_lm.run_expert_rows(
+            share, x, topk_weights, torch.from_numpy(rows.topk_ids)
+        ).numpy()
+        return sums
+
+    light = numpy_model.NumpyModel.load()
+    for prompt in moe_lm.encode_prompts(vocabulary, PROMPTS):
+        expected = moe_lm.generate(reference, [prompt], end=vocabulary.end, num_steps=NUM_STEPS)
+        cache, tokens = numpy_model.SequenceCache(), prompt
+        for step in range(NUM_STEPS):
+            logits = numpy_model.run(light.advance(tokens, cache), all_experts)
+            torch.testing.assert_close(torch.from_numpy(logits), expected.logits[0, step], atol=1e-4, rtol=0)
+            tokens = [int(logits.argmax())]
+            assert tokens[0] == expected.tokens[0, step]
+
+
+def test_numpy_form_refuses_text_longer_than_the_context() -> None:
+    light = numpy_model.NumpyModel.load()
+    with pytest.raises(ValueError, match="outgrows the context of 256"):
+        next(light.advance([1] * 257, numpy_model.SequenceCache()))
+
+
+def test_numpy_form_needs_no_torch() -> None:
+    code = (
+        "import sys; from examples import moe_lm; from examples.moe_lm.config import load_config;"
+        "moe_lm.NumpyModel.load(); moe_lm.load_tokenizer(); load_config(); sys.exit('torch' in sys.modules)"
+    )
+    root = Path(moe_lm.__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60, check=False).returncode == 0

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .model import NO_TOKEN, KeyValueCache, MoeLanguageModel
+from .config import NO_TOKEN
+from .model import KeyValueCache, MoeLanguageModel
 from .tokenizer import Tokenizer
 
 OnStep = Callable[[int, Tensor], None]
@@ -119,11 +120,6 @@ def generate(
         if on_step is not None:
             on_step(step, torch.stack(tokens, dim=1))
     return Generation(torch.stack(tokens, dim=1), torch.stack(logits, dim=1))
-
-
-def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, the end mark first: that is how every text began in training."""
-    return [[tokenizer.end, *tokenizer.encode(text)] for text in texts]
 
 
 def pad_left(prompts: Sequence[Sequence[int]]) -> Tensor:
