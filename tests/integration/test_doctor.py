@@ -303,6 +303,14 @@ PLACES = (
         ("mode 0755",),
     ),
     Place(
+        "user_may_nothing",
+        ("not-writable", "port-denied"),
+        'mkdir -m 700 "$PLACE/run"; chown 1000 "$PLACE/run"',
+        '--runtime-dir "$PLACE/run/epmesh" --port 80',
+        ("cannot be written by user 0 (owner 1000, mode 0", "127.0.0.1:80, which only root may"),
+        wrapper="setpriv --bounding-set=-all --inh-caps=-all",
+    ),
+    Place(
         "sockets_paths_are_long",
         ("socket-path-long",),
         "",

@@ -182,6 +182,11 @@ def test_addresses_of_an_interface_are_those_that_the_kernel_tells() -> None:
     assert loopback.mtu > 0
 
 
+def test_addresses_are_not_judged_where_interfaces_are_hidden() -> None:
+    hidden = replace(NETWORK, interfaces=(), interfaces_problem="Address family not supported by protocol")
+    assert set(found(replace(WELL, network=hidden))) == {"interfaces-hidden"}
+
+
 def test_the_default_route_with_the_lowest_metric_is_the_one(tmp_path: Path) -> None:
     table = tmp_path / "route"
     table.write_text(

@@ -159,6 +159,7 @@ class NetworkFacts:
 
     Attributes:
         own_names: the host name, and what stands in `--advertise` and `--link-host`, each looked up.
+        interfaces_problem: why the kernel does not list them; empty where it does.
         default_interface: the interface of the default route; empty where there is none.
         ephemeral_ports: lowest and highest; (0, 0) where unknown.
         reserved_ports: numbers that the kernel gives to nobody who asks for a free one.
@@ -166,6 +167,7 @@ class NetworkFacts:
 
     hostname: str
     interfaces: tuple[Interface, ...] = ()
+    interfaces_problem: str = ""
     own_names: Mapping[str, Lookup] = field(default_factory=dict)
     resolver: Resolver = Resolver()
     default_interface: str = ""

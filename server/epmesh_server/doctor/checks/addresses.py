@@ -22,12 +22,24 @@ def check_addresses(asked: Asked, facts: Facts) -> Iterator[Finding]:
     network = facts.network
     if network is None:
         return
+    if network.interfaces_problem:
+        yield _unlisted(network)
+        return
     yield _interfaces(network)
     coordinator = facts.mesh.coordinator if facts.mesh else None
     yield from _family(asked, network)
     yield from _advertised(asked, network, coordinator)
     if coordinator is not None:
         yield from _segments(network, coordinator)
+
+
+def _unlisted(network: NetworkFacts) -> Finding:
+    return warning(
+        "interfaces-hidden",
+        f"the kernel does not list interfaces: {network.interfaces_problem}",
+        "Whether the node advertises an address of this host cannot be said.",
+        "let processes open netlink sockets: `RestrictAddressFamilies=` with AF_NETLINK, or the default seccomp profile",
+    )
 
 
 def _interfaces(network: NetworkFacts) -> Finding:

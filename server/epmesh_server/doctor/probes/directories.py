@@ -37,7 +37,7 @@ def temporary_parent() -> Path:
 def look_at_directory(what: str, path: Path, *, sockets: bool = False) -> Directory:
     """What can be done in a directory, or, where it is missing, in its nearest parent that exists."""
     path = path.absolute()
-    place = next(parent for parent in (path, *path.parents) if parent.exists())
+    place = next(parent for parent in (path, *path.parents) if _exists(parent))
     status, space = place.stat(), os.statvfs(place)
     return Directory(
         what=what,
@@ -53,6 +53,14 @@ def look_at_directory(what: str, path: Path, *, sockets: bool = False) -> Direct
         socket_path_most=MAX_SOCKET_PATH_BYTES,
         in_use=sockets and _is_locked(path / LOCK),
     )
+
+
+def _exists(path: Path) -> bool:
+    """Whether it is there, as far as this user may see that."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _write_problem(place: Path) -> str:
@@ -83,7 +91,7 @@ def _socket_problem(place: Path) -> str:
 
 def _is_locked(lock: Path) -> bool:
     """Whether a process of this kernel holds the lock. It is not tried: a service that starts just now may want it."""
-    if not (lock.exists() and _LOCKS.exists()):
+    if not (_exists(lock) and _LOCKS.exists()):
         return False
     inode = lock.stat().st_ino
     rows = [line.split() for line in _LOCKS.read_text().splitlines()]

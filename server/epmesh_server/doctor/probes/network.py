@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 from epmesh.addresses import has_port, split_address
-from epmesh_server.doctor.facts import Asked, Lookup, NetworkFacts
+from epmesh_server.doctor.facts import Asked, Interface, Lookup, NetworkFacts
 from epmesh_server.doctor.probes.interfaces import default_interface, read_interfaces
 from epmesh_server.doctor.probes.names import look_up, read_resolver
 from epmesh_server.doctor.probes.ports import ephemeral_ports, look_at_port, reserved_ports
@@ -20,9 +20,11 @@ def look_at_network(asked: Asked) -> NetworkFacts:
     wanted = [("node service", asked.host, asked.port)]
     if asked.coordinator is None:
         wanted.append(("coordinator", asked.host, asked.coordinator_port))
+    interfaces, problem = _interfaces()
     return NetworkFacts(
         hostname=hostname,
-        interfaces=read_interfaces(),
+        interfaces=interfaces,
+        interfaces_problem=problem,
         own_names=_own_names(hostname, asked),
         resolver=read_resolver(),
         default_interface=default_interface(),
@@ -30,6 +32,14 @@ def look_at_network(asked: Asked) -> NetworkFacts:
         reserved_ports=reserved_ports(),
         ports=tuple(look_at_port(*port) for port in wanted if port[2]),
     )
+
+
+def _interfaces() -> tuple[tuple[Interface, ...], str]:
+    """Also where netlink sockets are forbidden, as by systemd's RestrictAddressFamilies=, the rest is looked at."""
+    try:
+        return read_interfaces(), ""
+    except OSError as exc:
+        return (), str(exc)
 
 
 def _own_names(hostname: str, asked: Asked) -> dict[str, Lookup]:
