@@ -79,7 +79,7 @@ PLACES = (
     ),
     Place(
         "listens_on_loopback_alone",
-        ("listens-on-loopback", "advertised-loopback"),
+        ("listens-on-loopback",),
         HERE,
         "--coordinator 10.9.0.1:7401",
         ("listens on 127.0.0.1, and its coordinator is 10.9.0.1:7401",),
@@ -438,7 +438,8 @@ def test_the_doctor_finds_that_ranks_do_not_fit_into_the_containers_memory(littl
 def test_a_service_logs_at_its_start_what_is_wrong_with_it() -> None:
     if why_no_places():
         pytest.skip(why_no_places())
-    serve = 'ulimit -n 200; epmesh serve --coordinator 10.9.0.1:7401 2> "$PLACE/log" &'
+    serve = 'ulimit -n 200; epmesh serve --advertise 127.0.0.1 --coordinator 10.9.0.1:7401 2> "$PLACE/log" &'
     logged = run_there('until grep -q "listens at" "$PLACE/log"; do sleep 0.05; done; cat "$PLACE/log"', serve).stdout
     assert "ERROR epmesh_server.cli.serving: listens-on-loopback: the node listens on 127.0.0.1" in logged
+    assert "ERROR epmesh_server.cli.serving: advertised-loopback: the node would advertise 127.0.0.1" in logged
     assert "ERROR epmesh_server.cli.serving: open-files: a process may have 200 descriptors" in logged

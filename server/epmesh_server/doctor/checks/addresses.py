@@ -38,7 +38,7 @@ def _unlisted(network: NetworkFacts) -> Finding:
         "interfaces-hidden",
         f"the kernel does not list interfaces: {network.interfaces_problem}",
         "Whether the node advertises an address of this host cannot be said.",
-        "let processes open netlink sockets: `RestrictAddressFamilies=` with AF_NETLINK, or the default seccomp profile",
+        "let processes open netlink sockets: AF_NETLINK in `RestrictAddressFamilies=`, or the default seccomp profile",
     )
 
 
@@ -56,14 +56,22 @@ def _if_default(interface: Interface, network: NetworkFacts) -> str:
 
 
 def check_given(asked: Asked, facts: Facts) -> Iterator[Finding]:
-    """What the options alone show."""
-    if is_loopback(asked.host) and not is_loopback(asked.coordinator_host):
+    """What the options alone show: loopback, where the coordinator is on another host."""
+    if is_loopback(asked.coordinator_host):
+        return
+    if is_loopback(asked.host):
         yield error(
             "listens-on-loopback",
             f"the node listens on {asked.host}, and its coordinator is {asked.coordinator_address}",
             "Nodes on other hosts, and in other containers, cannot connect to it.",
             "--host 0.0.0.0 (EPMESH_HOST), and --insecure only on a network you trust",
         )
+    if asked.advertise is not None and is_loopback(_host(asked.advertise)):
+        yield _loopback(asked, asked.advertise)
+
+
+def _host(address: str) -> str:
+    return (split_address(address, "advertise")[0] if has_port(address) else address).strip("[]")
 
 
 def _family(asked: Asked, network: NetworkFacts) -> Iterator[Finding]:
@@ -82,8 +90,7 @@ def _family(asked: Asked, network: NetworkFacts) -> Iterator[Finding]:
 def advertised_host(asked: Asked, network: NetworkFacts) -> tuple[str, str]:
     """The host under which the node would register, and what says so."""
     if asked.advertise is not None:
-        host = split_address(asked.advertise, "advertise")[0] if has_port(asked.advertise) else asked.advertise
-        return host.strip("[]"), "--advertise"
+        return _host(asked.advertise), "--advertise"
     if asked.host in ANY_HOST:
         return network.hostname, "the host name"
     return asked.host.strip("[]"), "--host"
@@ -103,6 +110,8 @@ def _advertised(asked: Asked, network: NetworkFacts, coordinator: Service | None
     if asked.on_one_host and all(map(is_loopback, lookup.addresses)):
         yield ok("advertised", f"{host} ({says}): a mesh on this host alone")
         return
+    if is_loopback(host) and not is_loopback(asked.coordinator_host):
+        return  # the options alone show it
     address = lookup.addresses[0]
     named = host if host == address else f"{host}, which is {address}"
     found = _judged(asked, network, coordinator, address, f"{named} ({says})")
@@ -114,8 +123,10 @@ def _advertised(asked: Asked, network: NetworkFacts, coordinator: Service | None
 def _judged(asked: Asked, network: NetworkFacts, coordinator: Service | None, address: str, named: str) -> Finding:
     """What it means to advertise `address`."""
     interface = network.interface_of(address)
+    if is_loopback(address) and asked.advertise is None and asked.host in ANY_HOST:
+        return _hostname(network, address, named)
     if is_loopback(address):
-        return _loopback(asked, network, address, named)
+        return _loopback(asked, named)
     if ipaddress.ip_address(address.partition("%")[0]).is_link_local:
         return error(
             "advertised-link-local",
@@ -140,14 +151,16 @@ def _judged(asked: Asked, network: NetworkFacts, coordinator: Service | None, ad
     return _routed(network, coordinator, interface, named)
 
 
-def _loopback(asked: Asked, network: NetworkFacts, address: str, named: str) -> Finding:
-    if asked.advertise is None and asked.host in ANY_HOST:
-        return error(
-            "hostname-loopback",
-            f"the node would advertise {named}: /etc/hosts gives {network.hostname} the address {address}",
-            "Every other node would look for it on itself.",
-            f"{_ADVERTISE}; or mend the line of /etc/hosts",
-        )
+def _hostname(network: NetworkFacts, address: str, named: str) -> Finding:
+    return error(
+        "hostname-loopback",
+        f"the node would advertise {named}: /etc/hosts gives {network.hostname} the address {address}",
+        "Every other node would look for it on itself.",
+        f"{_ADVERTISE}; or mend the line of /etc/hosts",
+    )
+
+
+def _loopback(asked: Asked, named: str) -> Finding:
     return error(
         "advertised-loopback",
         f"the node would advertise {named}, and its coordinator is {asked.coordinator_address}",
