@@ -1,14 +1,13 @@
-"""Callers' arrays as bytes and back, and sums of rows. NumPy only; torch is used where the caller brought it.
+"""Callers' rows as bytes and back, and their sums; `epmesh.tensors` has what holds for tensors of any shape.
 
-A dtype goes by torch's name for it, which is NumPy's too where NumPy has it. What comes back is of the caller's
-library and of the results' dtype. NumPy has no bfloat16 of its own: a caller whose rows are ``ml_dtypes.bfloat16``
-gets that back, any other NumPy caller gets bfloat16 results as float32, which holds each of them exactly.
+What comes back is of the caller's library and of the results' dtype. NumPy has no bfloat16 of its own: a caller whose
+rows are ``ml_dtypes.bfloat16`` gets that back, any other NumPy caller gets bfloat16 results as float32, which holds
+each of them exactly.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from epmesh.errors import InvalidRequest
 from epmesh.frames import ITEM_BYTES, Buffer
+from epmesh.tensors import dense, is_torch, owned
 
 Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
@@ -120,13 +120,9 @@ def in_kind(rows: Rows, like: Any) -> Any:
     Args:
         like: what the caller gave: NumPy array or torch tensor.
     """
-    torch = sys.modules.get("torch")
     shape = (len(rows), rows.width)
-    if torch is not None and isinstance(like, torch.Tensor):
-        dtype = getattr(torch, rows.dtype)
-        if not math.prod(shape):
-            return torch.empty(shape, dtype=dtype)
-        return torch.from_numpy(_writable(rows.data).reshape(-1)).view(dtype).reshape(shape)
+    if is_torch(like):
+        return owned(_writable(rows.data).reshape(-1), rows.dtype, shape)
     if _name(like.dtype) == rows.dtype:
         return _writable(rows.data).reshape(-1).view(like.dtype.newbyteorder("=")).reshape(shape)
     if rows.dtype == "bfloat16":
@@ -197,28 +193,27 @@ def _common(parts: Sequence[tuple[Ints, Rows]]) -> tuple[str, int]:
 
 def _plain(value: Any, name: str) -> tuple[AnyArray, str]:
     """The value in C order as a NumPy array (of bytes' worth for dtypes that NumPy lacks), and its dtype's name."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
-        return _plain_tensor(torch, value, name)
+    if is_torch(value):
+        return _plain_tensor(value, name)
     if not isinstance(value, np.ndarray):
         raise InvalidRequest(f"{name} is a {type(value).__name__}; give a NumPy array or a torch tensor")
     dtype = _name(value.dtype)
     _check_dtype(dtype, name)
-    native = value if value.dtype.isnative else value.astype(value.dtype.newbyteorder("="))
-    return np.ascontiguousarray(native).reshape(value.shape), dtype
+    return dense(value).reshape(value.shape), dtype
 
 
-def _plain_tensor(torch: Any, value: Any, name: str) -> tuple[AnyArray, str]:
+def _plain_tensor(value: Any, name: str) -> tuple[AnyArray, str]:
+    torch = sys.modules["torch"]
     dtype = str(value.dtype).removeprefix("torch.")
     _check_dtype(dtype, name)
     if value.device.type != "cpu":
         raise InvalidRequest(f"{name} is on {value.device}; routers take tensors on the CPU: give {name}.cpu()")
     if value.layout != torch.strided:
         raise InvalidRequest(f"{name} has layout {value.layout}; give {name}.to_dense()")
-    flat = value.detach().resolve_conj().contiguous()
+    plain = dense(value)
     if dtype in {"bfloat16", "float8_e4m3fn", "float8_e5m2"}:  # NumPy lacks them: integers of the same width stand in
-        flat = flat.view(torch.int16 if dtype == "bfloat16" else torch.uint8)
-    return flat.numpy(), dtype
+        plain = plain.view(torch.int16 if dtype == "bfloat16" else torch.uint8)
+    return plain.numpy(), dtype
 
 
 @functools.lru_cache(64)

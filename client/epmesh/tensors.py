@@ -42,11 +42,7 @@ class Kind:
         own[:] = data
         shape = tuple(meta.shape)
         if self.is_torch:
-            torch = sys.modules["torch"]
-            dtype = getattr(torch, meta.dtype)
-            if not len(own):
-                return torch.empty(shape, dtype=dtype)
-            return torch.from_numpy(own).view(dtype).reshape(shape)
+            return owned(own, meta.dtype, shape)
         return own.view(self._numpy_dtype(meta.dtype)).reshape(shape)
 
     def _numpy_dtype(self, name: str) -> Any:
@@ -78,7 +74,7 @@ def row_tensors(named: Sequence[Any], extra_tensors: Any) -> list[Any]:
 
 def kind_of(tensor: Any) -> Kind:
     """What a result that answers to `tensor` is to be."""
-    return Kind(True) if _is_torch(tensor) else Kind(False, getattr(tensor, "dtype", None))
+    return Kind(True) if is_torch(tensor) else Kind(False, getattr(tensor, "dtype", None))
 
 
 def kind_of_dtype(dtype: Any) -> tuple[Kind, str]:
@@ -118,7 +114,7 @@ def meta_of(tensor: Any) -> frame_pb2.TensorMeta:
     Raises:
         InvalidRequest: as `check_tensor`.
     """
-    if _is_torch(tensor):
+    if is_torch(tensor):
         if tensor.device.type != "cpu":
             raise InvalidRequest(f"a tensor on {tensor.device}; this rank joined with device cpu")
         if tensor.layout != sys.modules["torch"].strided:
@@ -131,27 +127,45 @@ def meta_of(tensor: Any) -> frame_pb2.TensorMeta:
 
 def bytes_of(tensor: Any) -> Bytes:
     """The bytes of a tensor that was checked, flat and in C order; they share its memory where that lies so."""
-    if _is_torch(tensor):
+    if is_torch(tensor):
         if not tensor.numel():
             return np.empty(0, np.uint8)
-        dense = tensor.detach().resolve_conj().contiguous()
-        flat = dense.as_strided((dense.numel(),), (1,))  # a dimension of length 1 may have any stride
+        plain = dense(tensor)
+        flat = plain.as_strided((plain.numel(),), (1,))  # a dimension of length 1 may have any stride
         data: Bytes = flat.view(sys.modules["torch"].uint8).numpy()
         return data
-    native = tensor if tensor.dtype.isnative else tensor.astype(tensor.dtype.newbyteorder("="))
-    return np.ascontiguousarray(native).reshape(-1).view(np.uint8)
+    return dense(tensor).reshape(-1).view(np.uint8)
 
 
 def copy_into(tensor: Any, meta: frame_pb2.TensorMeta, data: memoryview) -> None:
     """Overwrites a caller's tensor, contiguous or not, with a result of its dtype and shape."""
     result = kind_of(tensor).make(meta, data)
-    if _is_torch(tensor):
+    if is_torch(tensor):
         with sys.modules["torch"].no_grad():
             tensor.copy_(result)
     else:
         tensor[...] = result
 
 
-def _is_torch(tensor: Any) -> bool:
+def is_torch(tensor: Any) -> bool:
+    """Whether it is a tensor of torch, which only a caller that imported torch can have."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(tensor, torch.Tensor)
+
+
+def dense(tensor: Any) -> Any:
+    """A tensor or array in C order and this machine's byte order; the same memory where it lies so already.
+
+    Shapes stay, but that of a NumPy array without dimensions, which becomes ``[1]``.
+    """
+    if is_torch(tensor):
+        return tensor.detach().resolve_conj().contiguous()
+    native = tensor if tensor.dtype.isnative else tensor.astype(tensor.dtype.newbyteorder("="))
+    return np.ascontiguousarray(native)
+
+
+def owned(data: Bytes, dtype: str, shape: Sequence[int]) -> Any:
+    """A torch tensor over bytes that are its alone from then on; of memory of its own where there are none."""
+    torch = sys.modules["torch"]
+    wanted = getattr(torch, dtype)
+    return torch.from_numpy(data).view(wanted).reshape(shape) if len(data) else torch.empty(shape, dtype=wanted)
