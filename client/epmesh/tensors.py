@@ -127,14 +127,16 @@ def meta_of(tensor: Any) -> frame_pb2.TensorMeta:
 
 def bytes_of(tensor: Any) -> Bytes:
     """The bytes of a tensor that was checked, flat and in C order; they share its memory where that lies so."""
+    data: Bytes
     if is_torch(tensor):
         if not tensor.numel():
             return np.empty(0, np.uint8)
         plain = dense(tensor)
         flat = plain.as_strided((plain.numel(),), (1,))  # a dimension of length 1 may have any stride
-        data: Bytes = flat.view(sys.modules["torch"].uint8).numpy()
+        data = flat.view(sys.modules["torch"].uint8).numpy()
         return data
-    return dense(tensor).reshape(-1).view(np.uint8)
+    data = dense(tensor).reshape(-1).view(np.uint8)
+    return data
 
 
 def copy_into(tensor: Any, meta: frame_pb2.TensorMeta, data: memoryview) -> None:
