@@ -24,7 +24,7 @@ class RankInfo:
     """One device's data-plane process. `rank` is global: slot x stride + local rank.
 
     `link_endpoint` is where other ranks send frames, `front_endpoint` where stubs and routers send requests; empty
-    where it takes none.
+    where it takes none. `curve_key` is the public key of both, 32 bytes; empty in a mesh without CURVE.
     """
 
     rank: int
@@ -33,6 +33,7 @@ class RankInfo:
     mode: RankMode
     link_endpoint: str
     front_endpoint: str = ""
+    curve_key: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,7 @@ def rank_to_proto(info: RankInfo) -> view_pb2.Rank:
         mode=info.mode.value,
         link_endpoint=info.link_endpoint,
         front_endpoint=info.front_endpoint,
+        curve_key=info.curve_key,
     )
 
 
@@ -209,7 +211,13 @@ def rank_from_proto(message: view_pb2.Rank) -> RankInfo:
     except ValueError:
         raise InvalidRequest(f"rank {message.rank} has mode {message.mode}, unknown to this version") from None
     return RankInfo(
-        message.rank, message.incarnation, message.device, mode, message.link_endpoint, message.front_endpoint
+        message.rank,
+        message.incarnation,
+        message.device,
+        mode,
+        message.link_endpoint,
+        message.front_endpoint,
+        message.curve_key,
     )
 
 

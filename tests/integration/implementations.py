@@ -108,6 +108,11 @@ IMPLEMENTATIONS = (
             Feature.VIEWS: "there is no mesh behind a DeviceCommunicator",
         },
     ),
+    Implementation(
+        name="join-curve",
+        start=functools.partial(start_local_mesh, curve=True),
+        shapes=(Shape(2, 1), Shape(2, 2)),
+    ),
     attached("shm", Shape(2, 2), tensor_parallel=(Shape(2, 2, 2),)),
     # Whatever is refused is refused alike over these two: test_attach.py compares every refusal with that of join.
     attached("zmq", Shape(2, 1)),

@@ -285,3 +285,30 @@ def test_the_log_of_a_mesh_with_another_stride_is_refused() -> None:
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InvalidRequest, match=next(iter(wrong))):
         MembershipSettings(version=VERSION, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("secured", [True, False])
+def test_a_node_with_curve_and_one_without_do_not_get_into_one_mesh(secured: bool) -> None:
+    mesh = FakeMesh()
+    assert mesh.register(FakeNode("a", 1), curve=secured) == NodeGranted(0)
+    refusal = mesh.register(FakeNode("b", 2), curve=not secured)
+    assert isinstance(refusal, InvalidRequest)
+    for part in (
+        "'a'",
+        "slot 0",
+        "'b'",
+        "CURVE off" if secured else "CURVE on",
+        "it on" if secured else "it off",
+        "or none",
+    ):
+        assert part in str(refusal)
+    assert mesh.register(FakeNode("c", 3), curve=secured) == NodeGranted(1)
+
+
+def test_a_node_may_come_back_with_curve_where_no_other_lives() -> None:
+    mesh = FakeMesh()
+    node = FakeNode("a", 1)
+    mesh.register(node)
+    mesh.advance(60)
+    assert mesh.register(FakeNode("a", 2), curve=True) == NodeGranted(0)
+    assert mesh.register(FakeNode("b", 3), curve=True) == NodeGranted(1)

@@ -20,18 +20,20 @@ class AttachRankRequest(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., driver: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class AttachRankResponse(_message.Message):
-    __slots__ = ("token", "mesh_id", "incarnation", "front_endpoint", "descriptor_socket")
+    __slots__ = ("token", "mesh_id", "incarnation", "front_endpoint", "descriptor_socket", "curve_key")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     MESH_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     FRONT_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTOR_SOCKET_FIELD_NUMBER: _ClassVar[int]
+    CURVE_KEY_FIELD_NUMBER: _ClassVar[int]
     token: bytes
     mesh_id: str
     incarnation: int
     front_endpoint: str
     descriptor_socket: str
-    def __init__(self, token: _Optional[bytes] = ..., mesh_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., front_endpoint: _Optional[str] = ..., descriptor_socket: _Optional[str] = ...) -> None: ...
+    curve_key: bytes
+    def __init__(self, token: _Optional[bytes] = ..., mesh_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., front_endpoint: _Optional[str] = ..., descriptor_socket: _Optional[str] = ..., curve_key: _Optional[bytes] = ...) -> None: ...
 
 class DetachRankRequest(_message.Message):
     __slots__ = ("rank", "token")

@@ -9,18 +9,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RegisterNodeRequest(_message.Message):
-    __slots__ = ("node_id", "incarnation", "address", "version", "slot")
+    __slots__ = ("node_id", "incarnation", "address", "version", "slot", "curve")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
+    CURVE_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     incarnation: int
     address: str
     version: str
     slot: int
-    def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., version: _Optional[str] = ..., slot: _Optional[int] = ...) -> None: ...
+    curve: bool
+    def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., version: _Optional[str] = ..., slot: _Optional[int] = ..., curve: bool = ...) -> None: ...
 
 class RegisterNodeResponse(_message.Message):
     __slots__ = ("slot", "mesh_id", "stride", "heartbeat_interval_s", "lease_s")

@@ -14,7 +14,7 @@ class DescribeNodeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeNodeResponse(_message.Message):
-    __slots__ = ("node_id", "incarnation", "slot", "registered", "mesh_id", "grpc_socket", "descriptor_socket", "coordinator_address", "link_host", "version", "coordinator_reachable")
+    __slots__ = ("node_id", "incarnation", "slot", "registered", "mesh_id", "grpc_socket", "descriptor_socket", "coordinator_address", "link_host", "version", "coordinator_reachable", "curve", "zap_socket")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,8 @@ class DescribeNodeResponse(_message.Message):
     LINK_HOST_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     COORDINATOR_REACHABLE_FIELD_NUMBER: _ClassVar[int]
+    CURVE_FIELD_NUMBER: _ClassVar[int]
+    ZAP_SOCKET_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     incarnation: int
     slot: int
@@ -37,7 +39,9 @@ class DescribeNodeResponse(_message.Message):
     link_host: str
     version: str
     coordinator_reachable: bool
-    def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., slot: _Optional[int] = ..., registered: bool = ..., mesh_id: _Optional[str] = ..., grpc_socket: _Optional[str] = ..., descriptor_socket: _Optional[str] = ..., coordinator_address: _Optional[str] = ..., link_host: _Optional[str] = ..., version: _Optional[str] = ..., coordinator_reachable: bool = ...) -> None: ...
+    curve: bool
+    zap_socket: str
+    def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., slot: _Optional[int] = ..., registered: bool = ..., mesh_id: _Optional[str] = ..., grpc_socket: _Optional[str] = ..., descriptor_socket: _Optional[str] = ..., coordinator_address: _Optional[str] = ..., link_host: _Optional[str] = ..., version: _Optional[str] = ..., coordinator_reachable: bool = ..., curve: bool = ..., zap_socket: _Optional[str] = ...) -> None: ...
 
 class OpenRank(_message.Message):
     __slots__ = ("local_rank", "pid", "declaration")
@@ -89,15 +93,25 @@ class RankOpened(_message.Message):
     token: bytes
     def __init__(self, rank: _Optional[int] = ..., local_rank: _Optional[int] = ..., token: _Optional[bytes] = ...) -> None: ...
 
+class ClientKeys(_message.Message):
+    __slots__ = ("newest", "live")
+    NEWEST_FIELD_NUMBER: _ClassVar[int]
+    LIVE_FIELD_NUMBER: _ClassVar[int]
+    newest: int
+    live: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, newest: _Optional[int] = ..., live: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class RankSessionResponse(_message.Message):
-    __slots__ = ("opened", "view", "error")
+    __slots__ = ("opened", "view", "error", "client_keys")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     VIEW_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_KEYS_FIELD_NUMBER: _ClassVar[int]
     opened: RankOpened
     view: _view_pb2.View
     error: _error_pb2.Error
-    def __init__(self, opened: _Optional[_Union[RankOpened, _Mapping]] = ..., view: _Optional[_Union[_view_pb2.View, _Mapping]] = ..., error: _Optional[_Union[_error_pb2.Error, _Mapping]] = ...) -> None: ...
+    client_keys: ClientKeys
+    def __init__(self, opened: _Optional[_Union[RankOpened, _Mapping]] = ..., view: _Optional[_Union[_view_pb2.View, _Mapping]] = ..., error: _Optional[_Union[_error_pb2.Error, _Mapping]] = ..., client_keys: _Optional[_Union[ClientKeys, _Mapping]] = ...) -> None: ...
 
 class DescriptorRequest(_message.Message):
     __slots__ = ("token", "control_page", "group_buffers", "serve_buffers", "driver_buffers")

@@ -24,25 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x65pmesh/v1/view.proto\x12\tepmesh.v1\"\x8b\x01\n\x04Rank\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12!\n\x04mode\x18\x04 \x01(\x0e\x32\x13.epmesh.v1.RankMode\x12\x15\n\rlink_endpoint\x18\x05 \x01(\t\x12\x16\n\x0e\x66ront_endpoint\x18\x06 \x01(\t\"k\n\x04Node\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x1e\n\x05ranks\x18\x05 \x03(\x0b\x32\x0f.epmesh.v1.Rank\"m\n\x05Group\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\r\x12\r\n\x05ranks\x18\x03 \x03(\r\x12\x16\n\x0e\x64\x65\x63lared_ranks\x18\x04 \x03(\r\x12\x10\n\x08sequence\x18\x05 \x01(\x04\x12\x11\n\tcompleted\x18\x06 \x01(\x04\",\n\x0bRankExperts\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"g\n\tPlacement\x12\x12\n\x05layer\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0bnum_experts\x18\x02 \x01(\r\x12\'\n\x07holders\x18\x03 \x03(\x0b\x32\x16.epmesh.v1.RankExpertsB\x08\n\x06_layer\"\xda\x01\n\x04View\x12\x0f\n\x07mesh_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x18\n\x10membership_epoch\x18\x03 \x01(\x04\x12\x0e\n\x06stride\x18\x04 \x01(\r\x12\x1e\n\x05nodes\x18\x05 \x03(\x0b\x32\x0f.epmesh.v1.Node\x12 \n\x06groups\x18\x06 \x03(\x0b\x32\x10.epmesh.v1.Group\x12(\n\nplacements\x18\x07 \x03(\x0b\x32\x14.epmesh.v1.Placement\x12\x1c\n\x14tensor_parallel_size\x18\x08 \x01(\r*R\n\x08RankMode\x12\x19\n\x15RANK_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12RANK_MODE_EXCHANGE\x10\x01\x12\x13\n\x0fRANK_MODE_SERVE\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x65pmesh/v1/view.proto\x12\tepmesh.v1\"\x9e\x01\n\x04Rank\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12!\n\x04mode\x18\x04 \x01(\x0e\x32\x13.epmesh.v1.RankMode\x12\x15\n\rlink_endpoint\x18\x05 \x01(\t\x12\x16\n\x0e\x66ront_endpoint\x18\x06 \x01(\t\x12\x11\n\tcurve_key\x18\x07 \x01(\x0c\"k\n\x04Node\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x1e\n\x05ranks\x18\x05 \x03(\x0b\x32\x0f.epmesh.v1.Rank\"m\n\x05Group\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\r\x12\r\n\x05ranks\x18\x03 \x03(\r\x12\x16\n\x0e\x64\x65\x63lared_ranks\x18\x04 \x03(\r\x12\x10\n\x08sequence\x18\x05 \x01(\x04\x12\x11\n\tcompleted\x18\x06 \x01(\x04\",\n\x0bRankExperts\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"g\n\tPlacement\x12\x12\n\x05layer\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0bnum_experts\x18\x02 \x01(\r\x12\'\n\x07holders\x18\x03 \x03(\x0b\x32\x16.epmesh.v1.RankExpertsB\x08\n\x06_layer\"\xda\x01\n\x04View\x12\x0f\n\x07mesh_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x18\n\x10membership_epoch\x18\x03 \x01(\x04\x12\x0e\n\x06stride\x18\x04 \x01(\r\x12\x1e\n\x05nodes\x18\x05 \x03(\x0b\x32\x0f.epmesh.v1.Node\x12 \n\x06groups\x18\x06 \x03(\x0b\x32\x10.epmesh.v1.Group\x12(\n\nplacements\x18\x07 \x03(\x0b\x32\x14.epmesh.v1.Placement\x12\x1c\n\x14tensor_parallel_size\x18\x08 \x01(\r*R\n\x08RankMode\x12\x19\n\x15RANK_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12RANK_MODE_EXCHANGE\x10\x01\x12\x13\n\x0fRANK_MODE_SERVE\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'epmesh.v1.view_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RANKMODE']._serialized_start=769
-  _globals['_RANKMODE']._serialized_end=851
+  _globals['_RANKMODE']._serialized_start=788
+  _globals['_RANKMODE']._serialized_end=870
   _globals['_RANK']._serialized_start=36
-  _globals['_RANK']._serialized_end=175
-  _globals['_NODE']._serialized_start=177
-  _globals['_NODE']._serialized_end=284
-  _globals['_GROUP']._serialized_start=286
-  _globals['_GROUP']._serialized_end=395
-  _globals['_RANKEXPERTS']._serialized_start=397
-  _globals['_RANKEXPERTS']._serialized_end=441
-  _globals['_PLACEMENT']._serialized_start=443
-  _globals['_PLACEMENT']._serialized_end=546
-  _globals['_VIEW']._serialized_start=549
-  _globals['_VIEW']._serialized_end=767
+  _globals['_RANK']._serialized_end=194
+  _globals['_NODE']._serialized_start=196
+  _globals['_NODE']._serialized_end=303
+  _globals['_GROUP']._serialized_start=305
+  _globals['_GROUP']._serialized_end=414
+  _globals['_RANKEXPERTS']._serialized_start=416
+  _globals['_RANKEXPERTS']._serialized_end=460
+  _globals['_PLACEMENT']._serialized_start=462
+  _globals['_PLACEMENT']._serialized_end=565
+  _globals['_VIEW']._serialized_start=568
+  _globals['_VIEW']._serialized_end=786
 # @@protoc_insertion_point(module_scope)

@@ -17,20 +17,22 @@ RANK_MODE_EXCHANGE: RankMode
 RANK_MODE_SERVE: RankMode
 
 class Rank(_message.Message):
-    __slots__ = ("rank", "incarnation", "device", "mode", "link_endpoint", "front_endpoint")
+    __slots__ = ("rank", "incarnation", "device", "mode", "link_endpoint", "front_endpoint", "curve_key")
     RANK_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     LINK_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     FRONT_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    CURVE_KEY_FIELD_NUMBER: _ClassVar[int]
     rank: int
     incarnation: int
     device: str
     mode: RankMode
     link_endpoint: str
     front_endpoint: str
-    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., device: _Optional[str] = ..., mode: _Optional[_Union[RankMode, str]] = ..., link_endpoint: _Optional[str] = ..., front_endpoint: _Optional[str] = ...) -> None: ...
+    curve_key: bytes
+    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., device: _Optional[str] = ..., mode: _Optional[_Union[RankMode, str]] = ..., link_endpoint: _Optional[str] = ..., front_endpoint: _Optional[str] = ..., curve_key: _Optional[bytes] = ...) -> None: ...
 
 class Node(_message.Message):
     __slots__ = ("slot", "node_id", "incarnation", "address", "ranks")

@@ -48,7 +48,7 @@ def registration_from_proto(request: pb.RegisterNodeRequest) -> Registration:
     Raises:
         InvalidRequest: a name is empty or odd.
     """
-    return Registration(request.node_id, request.incarnation, request.address, request.version)
+    return Registration(request.node_id, request.incarnation, request.address, request.version, request.curve)
 
 
 def report_from_proto(session: int, request: pb.NodeSessionRequest) -> Report | None:
@@ -196,7 +196,11 @@ def record_to_proto(record: Record) -> log_pb2.LogRecord:
 def _registered(record: NodeRegistered) -> log_pb2.NodeRegistered:
     known = record.registration
     request = pb.RegisterNodeRequest(
-        node_id=known.node_id, incarnation=known.incarnation, address=known.address, version=known.version
+        node_id=known.node_id,
+        incarnation=known.incarnation,
+        address=known.address,
+        version=known.version,
+        curve=known.curve,
     )
     return log_pb2.NodeRegistered(request=request, slot=record.slot)
 

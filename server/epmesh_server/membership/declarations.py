@@ -17,12 +17,14 @@ RankKey = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """Who a node is. `incarnation` is drawn at its start; `address` is host:port of its node service."""
+    """Who a node is. `incarnation` is drawn at its start; `address` is host:port of its node service; `curve` says
+    whether its ranks use CURVE."""
 
     node_id: str
     incarnation: int
     address: str
     version: str
+    curve: bool = False
 
     def __post_init__(self) -> None:
         _check_text("node_id", self.node_id, MAX_NODE_ID_CHARS)

@@ -123,9 +123,11 @@ class NodeTable:
         """The slot a registering node gets.
 
         Raises:
-            InvalidRequest: a live node has its id or the slot it claims, or the mesh is full.
+            InvalidRequest: a live node has its id or the slot it claims, the mesh is full, or its nodes use CURVE and
+                this one does not, or the other way round.
             MeshUnavailable: whether the node that has it lives is not known yet.
         """
+        self._check_curve(wanted)
         own = self._slots_by_id.get(wanted.node_id)
         if own is not None:
             if claim not in (None, own):
@@ -142,6 +144,22 @@ class NodeTable:
         if claim in self._nodes:
             self._check_free(self._nodes[claim], wanted, f"slot {claim}", "another slot", now)
         return claim
+
+    def _check_curve(self, wanted: Registration) -> None:
+        """One node in the clear would make ranks of all others send in the clear, or not at all."""
+        for node in self:
+            known = node.registration
+            if node.status is NodeStatus.DEAD or known.node_id == wanted.node_id:
+                continue
+            if known.curve == wanted.curve:
+                return  # as all others that live
+            text = (
+                f"node {wanted.node_id!r} has CURVE {_on(wanted.curve)}, and node {known.node_id!r} in slot "
+                f"{node.slot} has it {_on(known.curve)}; all nodes of a mesh are secured, or none"
+            )
+            if node.status is NodeStatus.ABSENT:
+                raise MeshUnavailable(f"{text}; whether that one lives shows within {self._settings.lease_s:g} s")
+            raise InvalidRequest(text)
 
     def _check_free(self, holder: Node, wanted: Registration, what: str, other: str, now: float) -> None:
         known = holder.registration
@@ -265,3 +283,7 @@ class NodeTable:
         if not node.queued:
             node.queued = True
             heapq.heappush(self._leases, (node.lease_until, node.slot))
+
+
+def _on(curve: bool) -> str:
+    return "on" if curve else "off"

@@ -125,6 +125,7 @@ class CoordinatorLink:
             address=identity.address,
             version=identity.version,
             slot=identity.slot,
+            curve=identity.curve,
         )
         sent = asyncio.get_running_loop().time()
         try:

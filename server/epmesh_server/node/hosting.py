@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import zmq.asyncio
 
+from epmesh.curve import KeyPair, secure_client
 from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, StaleEpoch
 from epmesh.v1 import rank_service_pb2
 from epmesh_server.node.follower import EpochFollower
@@ -34,13 +35,16 @@ class RankHosting:
         board: ViewBoard,
         enrolment: Enrolment,
         liveness: LivenessSettings | None = None,
+        pair: KeyPair | None = None,
     ) -> None:
+        """Hosts nobody yet; `pair` is the node service's, where ranks use CURVE."""
         self._table = table
         self._follower = follower
         self._board = board
         self._enrolment = enrolment
         self.on_links: Callable[[], None] = lambda: None
         self._liveness = liveness or LivenessSettings()
+        self._pair = pair
         self._probes: dict[LocalRank, asyncio.Task[None]] = {}
         self._context = zmq.asyncio.Context(io_threads=1)
         self._closing: EpmeshError | None = None
@@ -124,5 +128,11 @@ class RankHosting:
         return True
 
     async def _watch(self, entry: LocalRank) -> None:
-        endpoint = entry.declaration.rank.link_endpoint
-        self.died(entry, await watch_process(self._context, endpoint, self._liveness))
+        rank, pair = entry.declaration.rank, self._pair
+
+        def secure(probe: zmq.asyncio.Socket) -> None:
+            assert pair is not None
+            secure_client(probe, pair, rank.curve_key)
+
+        why = await watch_process(self._context, rank.link_endpoint, self._liveness, secure if pair else None)
+        self.died(entry, why)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import zmq
@@ -36,9 +37,20 @@ class LivenessSettings:
     first_s: float = 5.0
 
 
-async def watch_process(context: zmq.asyncio.Context, endpoint: str, settings: LivenessSettings) -> str:
-    """Watches the process that bound `endpoint`; returns why it is held for dead. Until then it runs for ever."""
+async def watch_process(
+    context: zmq.asyncio.Context,
+    endpoint: str,
+    settings: LivenessSettings,
+    secure: Callable[[zmq.asyncio.Socket], None] | None = None,
+) -> str:
+    """Watches the process that bound `endpoint`; returns why it is held for dead. Until then it runs for ever.
+
+    Args:
+        secure: sets CURVE on the socket before it connects; `None`: in the clear.
+    """
     probe = _open(context, settings)
+    if secure is not None:
+        secure(probe)
     monitor = probe.get_monitor_socket(_EVENTS)
     try:
         try:

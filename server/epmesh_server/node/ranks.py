@@ -10,6 +10,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable
 
+from epmesh.curve import check_key
 from epmesh.errors import EpmeshError, InvalidRequest
 from epmesh.placement import MAX_EXPERTS
 from epmesh.v1 import membership_service_pb2, rank_service_pb2, view_pb2
@@ -86,8 +87,10 @@ class RankTable:
         on_change: called after the set of ranks, or what they declare, changed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, curve: bool = False) -> None:
+        """No ranks yet; `curve` says whether they must have a key, or must have none."""
         self.on_change: Callable[[], None] = lambda: None
+        self._curve = curve
         self._by_local: dict[int, LocalRank] = {}
         self._left: set[Member] = set()
 
@@ -107,6 +110,7 @@ class RankTable:
         declaration = membership_service_pb2.RankDeclaration()
         declaration.CopyFrom(request.declaration)
         check_declaration(declaration)
+        self._check_key(declaration.rank.curve_key)
         local_rank = self._choose(request.local_rank if request.HasField("local_rank") else None, stride)
         declaration.rank.rank = slot * stride + local_rank
         entry = self._by_local[local_rank] = LocalRank(local_rank, request.pid, declaration)
@@ -164,6 +168,14 @@ class RankTable:
     def links(self) -> membership_service_pb2.LinkReport:
         """All links that the ranks hold for broken."""
         return membership_service_pb2.LinkReport(failures=[one for entry in self.all() for one in entry.failures])
+
+    def _check_key(self, key: bytes) -> None:
+        if self._curve:
+            check_key(key, "the rank's CURVE key")
+            if any(entry.declaration.rank.curve_key == key for entry in self.all()):
+                raise InvalidRequest("the rank's CURVE key is another rank's; make a pair for every process")
+        elif key:
+            raise InvalidRequest("the rank has a CURVE key, and this node's ranks exchange in the clear")
 
     def _choose(self, wanted: int | None, stride: int) -> int:
         if wanted is None:

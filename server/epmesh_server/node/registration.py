@@ -15,6 +15,7 @@ class Identity:
         incarnation: drawn at random at the start of the node service.
         address: host:port for other nodes and clients.
         slot: claims the slot of a dead node; `None` claims none.
+        curve: whether its ranks use CURVE.
     """
 
     node_id: str
@@ -22,6 +23,7 @@ class Identity:
     address: str
     version: str
     slot: int | None = None
+    curve: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from epmesh.errors import InvalidRequest
 
-GRPC_SOCKET, DESCRIPTOR_SOCKET, LOCK = "grpc.sock", "descriptors.sock", "lock"
+GRPC_SOCKET, DESCRIPTOR_SOCKET, ZAP_SOCKET, LOCK = "grpc.sock", "descriptors.sock", "zap.sock", "lock"
 PREFIX = "epmesh-node-"
 _ABANDONED_S = 60.0  # younger ones may be about to take their lock
 MAX_SOCKET_PATH_BYTES = 107
@@ -32,7 +32,7 @@ def runtime_directory(wanted: Path | None) -> Iterator[Path]:
             exit_stack.callback(shutil.rmtree, path, ignore_errors=True)
         _check_length(path)
         exit_stack.enter_context(_locked(path))
-        for name in (GRPC_SOCKET, DESCRIPTOR_SOCKET, LOCK):
+        for name in (GRPC_SOCKET, DESCRIPTOR_SOCKET, ZAP_SOCKET, LOCK):
             exit_stack.callback((path / name).unlink, missing_ok=True)
         yield path
 

@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from epmesh.addresses import ANY_HOST, has_port, join_address, split_address
 from epmesh.channels import open_aio_channel
+from epmesh.curve import KeyPair
 from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable
 from epmesh.v1 import (
     discovery_service_pb2_grpc,
@@ -26,6 +27,7 @@ from epmesh.v1 import (
 )
 from epmesh.version import VERSION
 from epmesh_server.node.buffers import BufferPool
+from epmesh_server.node.client_keys import ClientKeyTable
 from epmesh_server.node.commands import Commands
 from epmesh_server.node.communicator_service import CommunicatorService
 from epmesh_server.node.coordinator_link import CoordinatorLink
@@ -35,12 +37,13 @@ from epmesh_server.node.follower import EpochFollower
 from epmesh_server.node.front_caller import FrontCaller
 from epmesh_server.node.groups import Groups
 from epmesh_server.node.hosting import RankHosting
+from epmesh_server.node.key_authority import KeyAuthority
 from epmesh_server.node.rank_service import RankService
 from epmesh_server.node.ranks import RankTable
 from epmesh_server.node.registration import Enrolment, Identity, Registration
 from epmesh_server.node.router_service import RouterService
 from epmesh_server.node.rpc import TCP_SERVER_OPTIONS, UNIX_SERVER_OPTIONS
-from epmesh_server.node.runtime_dir import DESCRIPTOR_SOCKET, GRPC_SOCKET, runtime_directory
+from epmesh_server.node.runtime_dir import DESCRIPTOR_SOCKET, GRPC_SOCKET, ZAP_SOCKET, runtime_directory
 from epmesh_server.node.settings import NodeSettings
 from epmesh_server.node.store import KeyValueStore, Store
 from epmesh_server.node.views import Discovery, ViewBoard
@@ -92,11 +95,13 @@ class Node:
         self._board = ViewBoard()
         self._enrolment = Enrolment()
         self._enrolment.on_first = on_registered
-        self._table = RankTable()
+        self._pair = KeyPair.generate() if settings.curve else None
+        self._client_keys = ClientKeyTable()
+        self._table = RankTable(curve=settings.curve)
         self._store = KeyValueStore()
         self._pool = BufferPool(settings.region_bytes)
         self._follower = EpochFollower(self._table, self._board, self._store, self._pool)
-        self._hosting = RankHosting(self._table, self._follower, self._board, self._enrolment)
+        self._hosting = RankHosting(self._table, self._follower, self._board, self._enrolment, pair=self._pair)
         self._caller = FrontCaller()
         self._drivers = Drivers(
             self._table, self._board, self._enrolment, self._hosting.died, _DRIVER_REGIONS * settings.region_bytes
@@ -130,6 +135,10 @@ class Node:
         self._exit.callback(self._follower.close)
         self._exit.callback(self._caller.close)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        if self._pair is not None:
+            path = self._directory / ZAP_SOCKET
+            authority = KeyAuthority(path, self._pair, self._board, self._client_keys)
+            self._exit.push_async_callback(authority.close)
         bound = await self._listen_tcp()
         await self._listen_unix()
         broker = DescriptorBroker(
@@ -144,10 +153,11 @@ class Node:
         Raises:
             EpmeshError: the coordinator refused the node for good.
         """
+        expiring = asyncio.create_task(self._client_keys.expire())
         following = asyncio.create_task(self._link.run(self._identity))
         stopped = asyncio.create_task(stop.wait())
         serving = asyncio.create_task(self._report_health())
-        tasks = (following, stopped, serving)
+        tasks = (following, stopped, serving, expiring)
         try:
             await asyncio.wait((following, stopped), return_when=asyncio.FIRST_COMPLETED)
             if following.done():
@@ -183,6 +193,8 @@ class Node:
             link_host=self._settings.link_host or split_address(self._identity.address, "advertise")[0],
             version=self._identity.version,
             coordinator_reachable=self._link.connected,
+            curve=self._settings.curve,
+            zap_socket=str(self._directory / ZAP_SOCKET) if self._settings.curve else "",
         )
 
     async def _listen_tcp(self) -> str:
@@ -255,4 +267,5 @@ def _identity(settings: NodeSettings, bound: str, port: int, incarnation: int) -
         address=address,
         version=VERSION,
         slot=settings.slot,
+        curve=settings.curve,
     )

@@ -29,6 +29,7 @@ class NodeSettings:
         advertise: host or host:port under which others reach this node; `None` means what was bound.
         link_host: host that the links of this node's ranks bind and advertise; `None` means the advertised host.
         slot: claims the slot of a dead node, for a replacement under another name.
+        curve: whether the ZeroMQ endpoints of this node's ranks use CURVE; all nodes of a mesh do, or none.
         insecure: allows a host that is not loopback although nothing authenticates callers yet.
 
     Raises:
@@ -44,6 +45,7 @@ class NodeSettings:
     advertise: str | None = None
     link_host: str | None = None
     slot: int | None = None
+    curve: bool = False
     insecure: bool = False
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from epmesh.v1 import membership_service_pb2, rank_service_pb2, view_pb2
 from epmesh.view import RankMode, View
 from epmesh_server.ranks.checked_communicator import Load
 from epmesh_server.ranks.communicator import JoinedCommunicator
+from epmesh_server.ranks.curve_door import CurveDoor
 from epmesh_server.ranks.link_watcher import Peer
 from epmesh_server.ranks.links import LinkHub
 from epmesh_server.ranks.rank import RankProcess
@@ -67,7 +68,7 @@ class RankOptions:
                 raise InvalidRequest(f"{name} is {value}; it must be {low} or more, and below 2**31")
 
     def declaration(
-        self, incarnation: int, link_endpoint: str, front_endpoint: str
+        self, incarnation: int, link_endpoint: str, front_endpoint: str, curve_key: bytes = b""
     ) -> membership_service_pb2.RankDeclaration:
         """What the node service and the coordinator hear of the rank."""
         rank = view_pb2.Rank(
@@ -76,6 +77,7 @@ class RankOptions:
             mode=self.mode.value,
             link_endpoint=link_endpoint,
             front_endpoint=front_endpoint,
+            curve_key=curve_key,
         )
         declaration = membership_service_pb2.RankDeclaration(
             rank=rank,
@@ -165,11 +167,18 @@ def join(
     return become_rank(options)
 
 
-def become_rank(options: RankOptions, front_endpoint: str = "", *, within_s: float | None = None) -> JoinedCommunicator:
+def become_rank(
+    options: RankOptions,
+    front_endpoint: str = "",
+    *,
+    door: CurveDoor | None = None,
+    within_s: float | None = None,
+) -> JoinedCommunicator:
     """What `join` does.
 
     Args:
         front_endpoint: where the rank takes FrontRequest messages already.
+        door: that the front has; `None`: one is made where the node uses CURVE.
         within_s: how long joining may take; `None`: ``options.timeout_s``.
     """
     timeout_s = options.timeout_s if within_s is None else within_s
@@ -182,11 +191,14 @@ def become_rank(options: RankOptions, front_endpoint: str = "", *, within_s: flo
         for session in sessions:
             session.report_unreachable(peers)
 
-    hub = LinkHub(node.link_host, incarnation, report)
-    declaration = options.declaration(incarnation, hub.endpoint, front_endpoint)
+    if door is None and node.curve:
+        door = CurveDoor(node.zap_socket)
+    hub = LinkHub(node.link_host, incarnation, report, door)
+    key = door.pair.public if door is not None else b""
+    declaration = options.declaration(incarnation, hub.endpoint, front_endpoint, key)
     request = rank_service_pb2.OpenRank(local_rank=options.local_rank, pid=os.getpid(), declaration=declaration)
     try:
-        session = RankSession(node, request, max(0.1, deadline - time.monotonic()))
+        session = RankSession(node, request, max(0.1, deadline - time.monotonic()), door)
     except BaseException:
         hub.close(linger_s=0)
         raise
@@ -203,6 +215,7 @@ def become_rank(options: RankOptions, front_endpoint: str = "", *, within_s: flo
         load=options.load,
         mode=options.mode,
         front_endpoint=front_endpoint,
+        door=door,
     )
     try:
         return _enter(rank, options, deadline)

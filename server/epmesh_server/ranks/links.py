@@ -8,9 +8,9 @@ without a word, so senders keep them until receipts come back on the same connec
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
+import secrets
 import select
 import threading
 import time
@@ -18,9 +18,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import zmq
 
-from epmesh.errors import InvalidRequest
+from epmesh.curve import secure_client
+from epmesh.errors import InvalidRequest, Unauthenticated
 from epmesh.frames import Buffer, Message, decode, encode
 from epmesh.v1 import frame_pb2
+from epmesh_server.curve_users import Domain
+from epmesh_server.ranks.curve_door import CurveDoor
 from epmesh_server.ranks.inbox import MAX_INBOX_BYTES, Inbox
 from epmesh_server.ranks.link_watcher import WATCHED, LinkWatcher, Peer
 from epmesh_server.ranks.link_window import MAX_RANGES, Question, Range, ReceiveWindow, Report, SendWindow
@@ -40,12 +43,19 @@ Sender = tuple[int, int, int]  # source, incarnation, epoch
 class LinkHub:
     """All links of one rank. Sending is safe from any thread; one thread at a time receives, for all groups."""
 
-    def __init__(self, host: str, incarnation: int, on_unreachable: Callable[[frozenset[Peer]], None]) -> None:
+    def __init__(
+        self,
+        host: str,
+        incarnation: int,
+        on_unreachable: Callable[[frozenset[Peer]], None],
+        door: CurveDoor | None = None,
+    ) -> None:
         """Binds the receiving socket at a free port of `host`.
 
         Args:
             incarnation: of this rank.
             on_unreachable: called from the watching thread with all peers out of reach, whenever that changes.
+            door: encrypts links and admits members alone; `None`: everybody, in the clear.
         """
         self.mesh_id = ""
         self.rank = -1
@@ -55,10 +65,13 @@ class LinkHub:
         self.refused = 0
         self.unreachable: frozenset[Peer] = frozenset()
         self._on_unreachable = on_unreachable
+        self._door = door
         self._context = zmq.Context(io_threads=1)
         self._router = self._context.socket(zmq.ROUTER)
         _configure(self._router)
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        if door is not None:
+            door.guard(self._context, self._router, Domain.LINK)
         self._router.bind(f"tcp://{host}:0")
         self.endpoint: str = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self._receive_lock = threading.Lock()
@@ -73,7 +86,6 @@ class LinkHub:
         self._inboxes: dict[tuple[int, int], Inbox] = {}  # (group, epoch); also of epochs not adopted yet
         self._current: dict[int, int] = {}  # group -> adopted epoch
         self._pollers: dict[tuple[int, ...], zmq.Poller] = {}
-        self._names = itertools.count()
         self._watcher = LinkWatcher(self._set_unreachable, self._ask, self._tend)
 
     def identify(self, mesh_id: str, rank: int) -> None:
@@ -140,6 +152,8 @@ class LinkHub:
     def forget_epochs_before(self, epoch: int, peers: Iterable[Peer]) -> None:
         """After a change of members: closes links to all but `peers`, drops old numbering."""
         keep = set(peers)
+        if self._door is not None:
+            self._door.forget_all_but(endpoint for _, endpoint in keep)
         with self._send_lock:
             for key in [key for key in self._dealers if key not in keep]:
                 self._close_dealer(key)
@@ -171,9 +185,13 @@ class LinkHub:
         found = self._dealers.get(peer)
         if found is not None:
             return found
+        key = self._door.key_at(*peer) if self._door is not None else b""
         socket = self._context.socket(zmq.DEALER)
         _configure(socket)
-        socket.setsockopt(zmq.ROUTING_ID, f"{self.rank}:{self.incarnation:x}:{next(self._names)}".encode())
+        if self._door is not None:
+            secure_client(socket, self._door.pair, key)
+        # Nobody else knows the name, so no other member can take the connection over (ROUTER_HANDOVER).
+        socket.setsockopt(zmq.ROUTING_ID, f"{self.rank}:{self.incarnation:x}:{secrets.token_hex(8)}".encode())
         self._watcher.watch(peer, socket.get_monitor_socket(WATCHED))
         socket.connect(peer[1])
         self._dealers[peer] = socket
@@ -208,6 +226,8 @@ class LinkHub:
                 self._take_in(frames[0], decode([frame.buffer for frame in frames[1:]]), mine)
             except InvalidRequest as exc:
                 self._refuse(exc)
+            except Unauthenticated:  # the door has said so
+                self.refused += 1
 
     def _refuse(self, error: InvalidRequest) -> None:
         self.refused += 1
@@ -215,6 +235,8 @@ class LinkHub:
 
     def _take_in(self, route: zmq.Frame, message: Message, mine: Inbox) -> None:
         header = message.header
+        if self._door is not None:
+            self._door.check_link(route, header)
         self._check_mesh(header)
         sender = (header.source, header.incarnation, header.epoch)
         if header.kind == frame_pb2.FRAME_KIND_PROBE:

@@ -18,6 +18,7 @@ from epmesh.v1 import group_service_pb2, group_service_pb2_grpc
 from epmesh.view import RankMode, View
 from epmesh_server.ranks.checked_communicator import Load
 from epmesh_server.ranks.communicator import JoinedCommunicator, new_communicator
+from epmesh_server.ranks.curve_door import CurveDoor
 from epmesh_server.ranks.links import LinkHub
 from epmesh_server.ranks.serving import ExpertServer, ServeOptions
 from epmesh_server.ranks.serving_experts import Experts, ServeStats
@@ -31,6 +32,7 @@ class RankProcess:
     Attributes:
         mode: what the rank is there for; views show it with a commit's delay.
         front_endpoint: where it takes FrontRequest messages; empty: nowhere.
+        door: secures links and front; `None` in a mesh without CURVE.
         home: the group whose communicator ``join`` gave out; with it the rank leaves the mesh.
         serving_stats: what `serve` did so far.
     """
@@ -45,6 +47,7 @@ class RankProcess:
     load: Load | None
     mode: RankMode = RankMode.EXCHANGE
     front_endpoint: str = ""
+    door: CurveDoor | None = None
     home: str = field(init=False)
     serving_stats: ServeStats = field(default_factory=ServeStats)
     _server: ExpertServer | None = None  # guarded by _lock

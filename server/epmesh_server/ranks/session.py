@@ -24,6 +24,7 @@ from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, Unauthen
 from epmesh.v1 import membership_service_pb2, rank_service_pb2, rank_service_pb2_grpc
 from epmesh.version import VERSION, check_compatible
 from epmesh.view import RankMode, View
+from epmesh_server.ranks.curve_door import CurveDoor
 from epmesh_server.shared_memory import ControlPage
 
 _log = logging.getLogger(__name__)
@@ -62,9 +63,13 @@ class RankSession:
     """The open session. `close` it to leave in good order; a process that just ends is a dead rank."""
 
     def __init__(
-        self, node: rank_service_pb2.DescribeNodeResponse, open_rank: rank_service_pb2.OpenRank, timeout_s: float
+        self,
+        node: rank_service_pb2.DescribeNodeResponse,
+        open_rank: rank_service_pb2.OpenRank,
+        timeout_s: float,
+        door: CurveDoor | None = None,
     ) -> None:
-        """Opens a session.
+        """Opens a session; `door` hears of keys before anybody can use a view that has them.
 
         Raises:
             InvalidRequest: the node refused, for instance because the local rank is taken.
@@ -74,6 +79,7 @@ class RankSession:
             if not Path(path).exists():
                 raise MeshUnavailable(f"{path} is not on this host; join through the node service of this host")
         self._descriptor_path = node.descriptor_socket
+        self._door = door
         self.channel = open_channel(f"unix:{node.grpc_socket}")
         self._requests: queue.SimpleQueue[rank_service_pb2.RankSessionRequest | None] = queue.SimpleQueue()
         self._changed = threading.Condition()  # guards _view, _error, _opened
@@ -259,7 +265,12 @@ class RankSession:
             if notice == "opened":
                 self._opened = response.opened
             elif notice == "view" and (self._view is None or response.view.epoch > self._view.epoch):
-                self._view = View.from_proto(response.view)
+                view = View.from_proto(response.view)
+                if self._door is not None:
+                    self._door.learn(view)
+                self._view = view
+            elif notice == "client_keys" and self._door is not None:
+                self._door.take_leases(response.client_keys)
             self._changed.notify_all()
         self._wake()
 

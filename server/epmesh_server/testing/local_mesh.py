@@ -76,6 +76,7 @@ class LocalMesh:
         buffer_bytes: int = DEFAULT_BUFFER_BYTES,
         exchange_timeout_s: float = 30.0,
         timeout_s: float = 30.0,
+        curve: bool = False,
     ) -> None:
         """Describes a mesh; ``with`` starts it.
 
@@ -94,6 +95,7 @@ class LocalMesh:
             buffer_bytes: most bytes one source may have for one rank in one exchange.
             exchange_timeout_s: how long a rank's calls wait for others.
             timeout_s: how long starting may take, and how long `run` waits for a view of the living ranks.
+            curve: whether ZeroMQ connections are encrypted and admit known keys alone.
         """
         if nodes < 1 or ranks_per_node < 1:
             raise InvalidRequest(f"a mesh of {nodes} nodes with {ranks_per_node} ranks each; both must be 1 or more")
@@ -113,6 +115,7 @@ class LocalMesh:
         self.nodes = nodes
         self.ranks_per_node = ranks_per_node
         self._buffer_bytes = buffer_bytes
+        self._curve = curve
         self._timeout_s = timeout_s
         self._rank_settings = [
             RankSettings(
@@ -452,6 +455,7 @@ class LocalMesh:
             runtime_dir=self._path(f"node-{slot}"),
             slot=slot,
             buffer_bytes=self._buffer_bytes,
+            curve=self._curve,
         )
 
     def _join(self, ranks: Sequence[int]) -> None:
