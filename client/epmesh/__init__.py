@@ -28,6 +28,7 @@ from epmesh.errors import (
 from epmesh.placement import Placement, linear_placement
 from epmesh.router import AsyncRouter, Router
 from epmesh.router_stats import NodeLatency, RouterStats
+from epmesh.tls import TlsFiles
 from epmesh.version import VERSION
 from epmesh.view import GroupInfo, NodeInfo, RankInfo, RankMode, View
 
@@ -60,6 +61,7 @@ __all__ = [
     "Router",
     "RouterStats",
     "StaleEpoch",
+    "TlsFiles",
     "Unauthenticated",
     "View",
     "attach",

@@ -10,6 +10,7 @@ from epmesh.driver_session import DriverSession, driver_text, open_session
 from epmesh.driver_transports import choose_transport
 from epmesh.errors import InvalidRequest
 from epmesh.front import check_timeout
+from epmesh.tls import Tls, tls_files
 
 _log = logging.getLogger(__name__)
 _MAX_RANK = (1 << 31) - 1
@@ -23,6 +24,7 @@ def attach(
     world_size: int = 1,
     timeout_s: float = 60.0,
     driver: str | None = None,
+    tls: Tls | None = None,
 ) -> AttachedCommunicator:
     """Drives a hosted rank; returns in the first view with `world_size` ranks. Needs no torch.
 
@@ -37,17 +39,19 @@ def attach(
         world_size: ranks to wait for.
         timeout_s: how long attaching and `wait_ready` may take.
         driver: who this is, for the error that a second driver gets; by default process and host.
+        tls: what this process shows itself with, where the mesh is secured; see `connect`.
 
     Returns:
         The communicator of the group ``ep``. It takes NumPy arrays or torch tensors on CPU, and answers in kind.
 
     Raises:
+        Unauthenticated: the node service refuses this process's certificate, or its own cannot be believed.
         MeshUnavailable: no node service answered, or the rank or other ranks did not come, in time.
         InvalidRequest: an argument is wrong, another driver has the rank, or the rank cannot be driven.
     """
     _check(rank, world_size, timeout_s)
     deadline = time.monotonic() + timeout_s
-    session = open_session(address, rank, (driver or driver_text())[:256], timeout_s)
+    session = open_session(address, rank, (driver or driver_text())[:256], timeout_s, tls_files(tls))
     try:
         return _enter(session, transport, world_size, deadline, timeout_s)
     except BaseException:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import grpc
 import grpc.aio
 
+from epmesh.tls import SERVICE_NAME, TlsFiles
+
 MAX_MESSAGE_BYTES = 16 << 20
+UNIX_PREFIX = "unix:"
 
 Options = tuple[tuple[str, int], ...]
 
@@ -43,11 +46,36 @@ ONE_TRY_OPTIONS: Options = (
 )
 
 
-def open_channel(target: str, options: Options = CHANNEL_OPTIONS) -> grpc.Channel:
-    """A channel to a service at host:port or ``unix:path``; connects when first used. Open it after a fork, only."""
-    return grpc.insecure_channel(target, options=options)
+def open_channel(
+    target: str, options: Options = CHANNEL_OPTIONS, *, tls: TlsFiles | None = None, server: str = SERVICE_NAME
+) -> grpc.Channel:
+    """A channel to a service at host:port or ``unix:path``; connects when first used. Open it after a fork, only.
+
+    Args:
+        tls: what this process shows itself with; `None`, and over a unix socket, which file modes protect: no TLS.
+        server: the name that the service's certificate must have.
+
+    Raises:
+        InvalidRequest: the files of `tls` cannot be read.
+    """
+    if tls is None or target.startswith(UNIX_PREFIX):
+        return grpc.insecure_channel(target, options=options)
+    return grpc.secure_channel(target, _credentials(tls), options=_named(options, server))
 
 
-def open_aio_channel(target: str, options: Options = CHANNEL_OPTIONS) -> grpc.aio.Channel:
+def open_aio_channel(
+    target: str, options: Options = CHANNEL_OPTIONS, *, tls: TlsFiles | None = None, server: str = SERVICE_NAME
+) -> grpc.aio.Channel:
     """As `open_channel`, for asyncio."""
-    return grpc.aio.insecure_channel(target, options=options)
+    if tls is None or target.startswith(UNIX_PREFIX):
+        return grpc.aio.insecure_channel(target, options=options)
+    return grpc.aio.secure_channel(target, _credentials(tls), options=_named(options, server))
+
+
+def _credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
+    contents = tls.read()
+    return grpc.ssl_channel_credentials(contents.ca, contents.private_key, contents.certificate)
+
+
+def _named(options: Options, server: str) -> tuple[tuple[str, int | str], ...]:
+    return (*options, ("grpc.ssl_target_name_override", server))

@@ -15,11 +15,12 @@ from epmesh.addresses import parse_addresses
 from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, NotReady, Unauthenticated
 from epmesh.mesh_state import MeshState
 from epmesh.placement import Placement
+from epmesh.tls import Tls, TlsFiles, tls_files
 from epmesh.view import GroupInfo, NodeInfo, View
 from epmesh.view_reader import ViewReader
 
 
-def connect(address: str | Sequence[str], *, timeout_s: float = 10.0) -> Mesh:
+def connect(address: str | Sequence[str], *, timeout_s: float = 10.0, tls: Tls | None = None) -> Mesh:
     """Connects to a mesh as somebody who only looks on; returns at the first answer.
 
     The view may still have epoch 0 then: nobody has registered yet. `Mesh.wait_view` waits for what you need. From
@@ -30,14 +31,17 @@ def connect(address: str | Sequence[str], *, timeout_s: float = 10.0) -> Mesh:
             when it goes away, the next, and then the nodes that the newest view names, so one address may do. Names
             are looked up at every try: they may come late, or change.
         timeout_s: how long the first answer may take. Later the `Mesh` reconnects for as long as it is open.
+        tls: what this process shows itself with, where the mesh is secured: `TlsFiles`, or a directory with ``ca.crt``,
+            ``tls.crt`` and ``tls.key``. Read anew at every connection.
 
     Raises:
         MeshUnavailable: none answered in time; the text says of each address why.
+        Unauthenticated: the services refuse this process's certificate, or theirs cannot be believed.
         InvalidRequest: an argument is malformed, or the services have another major or minor version, or say none.
     """
     addresses = parse_addresses(address, "address")
     _check_timeout(timeout_s)
-    mesh = Mesh(addresses)
+    mesh = Mesh(addresses, tls_files(tls))
     try:
         mesh._wait_first_answer(timeout_s)
     except BaseException:
@@ -65,11 +69,12 @@ class Mesh:
     statement (``async with`` works too), or the end of the interpreter.
     """
 
-    def __init__(self, addresses: Sequence[str]) -> None:
+    def __init__(self, addresses: Sequence[str], tls: TlsFiles | None = None) -> None:
         """Begins to connect. Call `connect`, which checks the addresses and waits for an answer."""
         self._addresses = tuple(addresses)
         self._state = MeshState()
-        reader = ViewReader(self._addresses, self._state)
+        self._tls = tls
+        reader = ViewReader(self._addresses, self._state, tls)
         self._close = weakref.finalize(self, _end, self._state, reader, os.getpid())
 
     def __repr__(self) -> str:
@@ -99,6 +104,11 @@ class Mesh:
             InvalidRequest: no such rank is in the newest view.
         """
         return self.view.node_of(rank)
+
+    @property
+    def tls(self) -> TlsFiles | None:
+        """What this process shows itself with; `None` without TLS."""
+        return self._tls
 
     @property
     def address(self) -> str:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +22,8 @@ from epmesh.addresses import split_address
 from epmesh.channels import open_channel
 from epmesh.driver_memory import DriverMemory
 from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, NotReady
+from epmesh.tls import SERVICE_NAME, TlsFiles, node_name
+from epmesh.tls_refusals import explained
 from epmesh.v1 import (
     communicator_service_pb2,
     communicator_service_pb2_grpc,
@@ -43,12 +46,13 @@ _T = TypeVar("_T")
 class DriverSession:
     """One AttachRank stream. A thread of its own hears of its end, which fails whatever is waited for at once."""
 
-    def __init__(self, address: str, rank: int, driver: str, timeout_s: float) -> None:
+    def __init__(self, node: NodeAddress, rank: int, driver: str, timeout_s: float, tls: TlsFiles | None) -> None:
         """Becomes the rank's driver.
 
         Args:
-            address: of the rank's own node service.
+            node: the rank's own node service.
             driver: who drives, for people.
+            tls: what this process shows itself with.
 
         Raises:
             InvalidRequest: another driver has the rank, or it cannot be driven.
@@ -56,13 +60,13 @@ class DriverSession:
             MeshUnavailable: the node service did not answer within `timeout_s`.
         """
         self.rank = rank
-        self._address = address
+        self._address = address = node.address
         self._lock = threading.Lock()  # guards what follows
         self._error: EpmeshError | None = None
         self._watchers: dict[int, Callable[[], object]] = {}
         self._detached = False
         self._under_way = 0
-        self.channel = open_channel(address)
+        self.channel = open_channel(address, tls=tls, server=node.server)
         self._stub = communicator_service_pb2_grpc.CommunicatorServiceStub(self.channel)
         request = communicator_service_pb2.AttachRankRequest(rank=rank, driver=driver, version=VERSION)
         self._granted: Future[communicator_service_pb2.AttachRankResponse] = Future()
@@ -217,11 +221,20 @@ class DriverSession:
             on_end()
 
 
-def open_session(address: str, rank: int, driver: str, timeout_s: float) -> DriverSession:
+@dataclass(frozen=True)
+class NodeAddress:
+    """Where a node service is, and the name its certificate must have."""
+
+    address: str
+    server: str = SERVICE_NAME
+
+
+def open_session(address: str, rank: int, driver: str, timeout_s: float, tls: TlsFiles | None = None) -> DriverSession:
     """Becomes the driver of `rank`, through any node service of its mesh; waits until the rank is there.
 
     Raises:
         InvalidRequest: the address is none, another driver has the rank, or it cannot be driven.
+        Unauthenticated: the node service refuses this process's certificate, or its own cannot be believed.
         MeshUnavailable: no such rank could be had within `timeout_s`.
     """
     split_address(address, "the node service's address")
@@ -229,22 +242,23 @@ def open_session(address: str, rank: int, driver: str, timeout_s: float) -> Driv
     while True:
         left = max(0.1, deadline - time.monotonic())
         try:
-            return DriverSession(find_node(address, rank, min(left, RPC_TIMEOUT_S)), rank, driver, left)
+            node = find_node(address, rank, min(left, RPC_TIMEOUT_S), tls)
+            return DriverSession(node, rank, driver, left, tls)
         except (NotReady, MeshUnavailable) as exc:
             if time.monotonic() + _RETRY_S > deadline:
                 raise MeshUnavailable(f"rank {rank} not to be had within {timeout_s:g} s: {exc}") from exc
         threading.Event().wait(_RETRY_S)
 
 
-def find_node(address: str, rank: int, timeout_s: float) -> str:
-    """The address of the node service that has `rank`, by any of its mesh.
+def find_node(address: str, rank: int, timeout_s: float, tls: TlsFiles | None = None) -> NodeAddress:
+    """The node service that has `rank`, by any of its mesh.
 
     Raises:
         NotReady: there is no view yet, or no such node in it.
         InvalidRequest: the node service has another major or minor version.
         MeshUnavailable: nobody answered.
     """
-    with open_channel(address) as channel:
+    with open_channel(address, tls=tls) as channel:
         try:
             node = rank_service_pb2_grpc.RankServiceStub(channel).DescribeNode(
                 rank_service_pb2.DescribeNodeRequest(), timeout=timeout_s
@@ -257,15 +271,18 @@ def find_node(address: str, rank: int, timeout_s: float) -> str:
             if exc.code() is grpc.StatusCode.UNIMPLEMENTED:
                 text = f"{address} is no node service (a coordinator, perhaps); give the address of one"
                 raise InvalidRequest(f"{text}: {error}") from exc
+            error = explained(error, address, tls)
+            if not isinstance(error, MeshUnavailable | DeadlineExceeded):
+                raise error from exc
             raise MeshUnavailable(f"{error}; is `epmesh serve` running there?") from exc
     if not node.registered or not message.stride:
         raise NotReady(f"the node service at {address} has no view yet")
     view = View.from_proto(message)
     if view.slot_of(rank) == node.slot:
-        return address
+        return NodeAddress(address)
     for other in view.nodes:
         if other.slot == view.slot_of(rank):
-            return other.address
+            return NodeAddress(other.address, node_name(other.node_id))
     slots = [other.slot for other in view.nodes]
     raise NotReady(f"rank {rank} belongs to slot {view.slot_of(rank)}, where no node is; there are slots {slots}")
 

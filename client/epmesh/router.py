@@ -20,6 +20,7 @@ from epmesh.router_core import (
     closed_error,
 )
 from epmesh.router_stats import RouterStats
+from epmesh.tls import Tls
 
 _CONNECT_TIMEOUT_S = 10.0
 _STEP_BYTES = 1 << 20
@@ -46,6 +47,7 @@ class Router:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_inflight_bytes: int = DEFAULT_MAX_INFLIGHT_BYTES,
         connect_timeout_s: float = _CONNECT_TIMEOUT_S,
+        tls: Tls | None = None,
     ) -> None:
         """Connects to a mesh.
 
@@ -55,13 +57,14 @@ class Router:
             timeout_s: deadline of forwards that name none.
             max_inflight_bytes: most bytes under way at once, answers included; who comes then waits for room.
             connect_timeout_s: how long to wait for the first answer.
+            tls: what this process shows itself with, where the mesh is secured; see `connect`.
 
         Raises:
             MeshUnavailable: nobody answers at any address.
             InvalidRequest: an argument is wrong.
         """
         options = RouterOptions(transport=transport, timeout_s=timeout_s, max_inflight_bytes=max_inflight_bytes)
-        self._core = open_core(address, options, connect_timeout_s)
+        self._core = open_core(address, options, connect_timeout_s, tls)
 
     def forward(
         self,
@@ -157,6 +160,7 @@ class AsyncRouter:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_inflight_bytes: int = DEFAULT_MAX_INFLIGHT_BYTES,
         connect_timeout_s: float = _CONNECT_TIMEOUT_S,
+        tls: Tls | None = None,
     ) -> None:
         """As `Router`, but connects later.
 
@@ -164,7 +168,7 @@ class AsyncRouter:
             InvalidRequest: an argument is wrong.
         """
         self._options = RouterOptions(transport=transport, timeout_s=timeout_s, max_inflight_bytes=max_inflight_bytes)
-        self._address, self._connect_timeout_s = address, connect_timeout_s
+        self._address, self._connect_timeout_s, self._tls = address, connect_timeout_s, tls
         self._core: RouterCore | None = None
         self._opening = asyncio.Lock()
         self._closed = False
@@ -235,7 +239,9 @@ class AsyncRouter:
             if self._core is None:
                 if self._closed:
                     raise closed_error()
-                self._core = await asyncio.to_thread(open_core, self._address, self._options, self._connect_timeout_s)
+                self._core = await asyncio.to_thread(
+                    open_core, self._address, self._options, self._connect_timeout_s, self._tls
+                )
             return self._core
 
 
@@ -250,9 +256,11 @@ async def _take_next(run: Run, inbox: asyncio.Queue[Event]) -> None:
             run.take(await inbox.get())
 
 
-def open_core(address: str | Sequence[str], options: RouterOptions, connect_timeout_s: float) -> RouterCore:
+def open_core(
+    address: str | Sequence[str], options: RouterOptions, connect_timeout_s: float, tls: Tls | None = None
+) -> RouterCore:
     """Connects, and chooses a transport if some rank serves already."""
-    core = RouterCore(connect(address, timeout_s=connect_timeout_s), options)
+    core = RouterCore(connect(address, timeout_s=connect_timeout_s, tls=tls), options)
     try:
         core.choose_transport()
     except BaseException:

@@ -25,6 +25,7 @@ from epmesh.front import check_timeout
 from epmesh.router_stats import RouterStats, StatsRecorder
 from epmesh.routes import Identity, Routes, identity, serves
 from epmesh.row_transport import FrontRows, GrpcRows, RowTransport, call_parts, check_transport, fronts_reachable
+from epmesh.tls import TlsFiles
 from epmesh.view import RankInfo, View
 
 DEFAULT_TIMEOUT_S = 30.0
@@ -63,6 +64,10 @@ class ViewSource(Protocol):
     @property
     def view(self) -> View:
         """The newest view."""
+
+    @property
+    def tls(self) -> TlsFiles | None:
+        """What this process shows itself with."""
 
     def on_view(self, callback: Callable[[View], None]) -> Callable[[], None]:
         """Has `callback` called with every later view."""
@@ -103,7 +108,7 @@ class RouterCore:
         self.stats = StatsRecorder()
         self.budget = ByteBudget(options.max_inflight_bytes)
         self._mesh = mesh
-        self._make_transport = make_transport or (lambda name: FrontRows() if name == "zmq" else GrpcRows())
+        self._make_transport = make_transport or (lambda name: FrontRows() if name == "zmq" else GrpcRows(mesh.tls))
         self._lock = threading.Lock()  # guards what follows
         self._closed = False
         self._runs: set[Run] = set()

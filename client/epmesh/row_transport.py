@@ -21,8 +21,9 @@ from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUna
 from epmesh.forward import NodeCall, Tokens
 from epmesh.frames import Buffer, num_bytes
 from epmesh.front import FrontClient, FrontPeer, FrontReply
+from epmesh.tls import TlsFiles, node_name
 from epmesh.v1 import frame_pb2, front_pb2, router_service_pb2, router_service_pb2_grpc
-from epmesh.view import RankInfo
+from epmesh.view import NodeInfo, RankInfo
 
 CHUNK_BYTES = 2 << 20
 _GRPC_THREADS = 32
@@ -117,9 +118,10 @@ class GrpcRows:
 
     name = "grpc"
 
-    def __init__(self) -> None:
+    def __init__(self, tls: TlsFiles | None = None) -> None:
+        self._tls = tls
         self._lock = threading.Lock()  # guards what follows
-        self._channels: dict[str, tuple[grpc.Channel, router_service_pb2_grpc.RouterServiceStub]] = {}
+        self._channels: dict[tuple[str, str], tuple[grpc.Channel, router_service_pb2_grpc.RouterServiceStub]] = {}
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(_GRPC_THREADS, "epmesh-router-grpc")
 
     def send(self, call: NodeCall, parts: Parts, timeout_s: float) -> Future[Rows]:
@@ -128,7 +130,7 @@ class GrpcRows:
         with self._lock:
             if self._pool is None:
                 raise MeshUnavailable("this router was closed; make another one")
-            rpc = self._stub(call.part.node.address).ForwardRows(_messages(call, parts), timeout=timeout_s)
+            rpc = self._stub(call.part.node).ForwardRows(_messages(call, parts), timeout=timeout_s)
             future.rpc = rpc
             self._pool.submit(_receive, call, rpc, future)
         return future
@@ -148,11 +150,12 @@ class GrpcRows:
         if pool is not None:
             pool.shutdown(wait=True)
 
-    def _stub(self, address: str) -> router_service_pb2_grpc.RouterServiceStub:
-        found = self._channels.get(address)
+    def _stub(self, node: NodeInfo) -> router_service_pb2_grpc.RouterServiceStub:
+        key = node.address, node.node_id
+        found = self._channels.get(key)
         if found is None:
-            channel = open_channel(address)
-            found = self._channels[address] = channel, router_service_pb2_grpc.RouterServiceStub(channel)
+            channel = open_channel(node.address, tls=self._tls, server=node_name(node.node_id))
+            found = self._channels[key] = channel, router_service_pb2_grpc.RouterServiceStub(channel)
         return found[1]
 
 

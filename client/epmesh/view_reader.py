@@ -12,9 +12,11 @@ from collections.abc import Sequence
 import grpc
 
 from epmesh.channels import ONE_TRY_OPTIONS, open_channel
-from epmesh.errors import DeadlineExceeded, EpmeshError, MeshUnavailable, from_rpc_error
+from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, from_rpc_error
 from epmesh.mesh_state import MeshState
 from epmesh.rotation import Rotation
+from epmesh.tls import TlsFiles
+from epmesh.tls_refusals import explained
 from epmesh.v1 import discovery_service_pb2 as discovery
 from epmesh.v1 import discovery_service_pb2_grpc as discovery_rpc
 from epmesh.version import VERSION, check_compatible
@@ -34,7 +36,8 @@ class ViewReader:
     given addresses it uses those of the nodes in the newest view, if they belong to the same mesh still.
     """
 
-    def __init__(self, addresses: Sequence[str], state: MeshState) -> None:
+    def __init__(self, addresses: Sequence[str], state: MeshState, tls: TlsFiles | None = None) -> None:
+        self._tls = tls
         self._addresses = tuple(addresses)
         self._state = state
         self._closing = threading.Event()
@@ -84,7 +87,10 @@ class ViewReader:
 
     def _follow(self, address: str) -> EpmeshError:
         """Watches the service at `address` for as long as it answers; returns why it does not, or not any more."""
-        channel = open_channel(address, ONE_TRY_OPTIONS)
+        try:
+            channel = open_channel(address, ONE_TRY_OPTIONS, tls=self._tls)
+        except InvalidRequest as exc:
+            return exc
         try:
             with self._lock:
                 self._channel = channel
@@ -95,7 +101,7 @@ class ViewReader:
         except EpmeshError as exc:
             return exc
         except grpc.RpcError as exc:
-            return _typed(exc)
+            return self._typed(exc, address)
         except Exception as exc:  # noqa: BLE001 - if this thread died, views would stop without a word
             if not self._closing.is_set():  # gRPC raises ValueError where a channel is closed already
                 _log.exception("discovery.failed: %s", address)
@@ -104,6 +110,11 @@ class ViewReader:
             with self._lock:
                 self._channel = None
             channel.close()
+
+    def _typed(self, error: grpc.RpcError, address: str) -> EpmeshError:
+        typed = _typed(error)
+        first = self._answered_at == math.inf and not self._closing.is_set()
+        return explained(typed, address, self._tls) if first else typed
 
     def _watch(self, address: str, stub: discovery_rpc.DiscoveryServiceStub) -> None:
         answer = stub.GetView(discovery.GetViewRequest(), timeout=ANSWER_TIMEOUT_S)

@@ -17,7 +17,7 @@ import pytest
 
 import epmesh
 from epmesh import Communicator, InvalidRequest, MeshUnavailable, PeerLost, Unauthenticated
-from epmesh.driver_session import DriverSession
+from epmesh.driver_session import DriverSession, NodeAddress
 from epmesh.front import FrontClient, FrontPeer
 from epmesh.testing import LocalMesh
 from epmesh.v1 import front_pb2
@@ -79,7 +79,7 @@ def test_the_address_of_any_node_will_do(mesh: HostedMesh) -> None:
 
 def test_a_node_service_says_where_another_nodes_rank_is(mesh: HostedMesh) -> None:
     with pytest.raises(InvalidRequest, match=f"rank 1 .*{mesh.addresses[1]}"):
-        DriverSession(mesh.addresses[0], 1, "somebody", 5.0)
+        DriverSession(NodeAddress(mesh.addresses[0]), 1, "somebody", 5.0, tls=None)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_calls_after_the_end_say_so(mesh: HostedMesh) -> None:
 
 
 def test_the_calls_of_an_earlier_driver_are_refused(mesh: HostedMesh) -> None:
-    earlier = DriverSession(mesh.addresses[0], 0, "earlier", 5.0)
+    earlier = DriverSession(NodeAddress(mesh.addresses[0]), 0, "earlier", 5.0, tls=None)
     earlier.detach()
     with mesh.attach(0) as comm, contextlib.closing(FrontClient(earlier.granted.mesh_id)) as client:
         comm.check()

@@ -366,7 +366,7 @@ PLACES = (
         "--device cuda",
         ("/dev/shm has 64 MiB", "no /dev/nvidia*", "may lock 64 KiB"),
     ),
-    Place("options_are_refused", ("options-refused",), NET, "--host 10.9.0.1", ("is not loopback",)),
+    Place("options_are_refused", ("options-refused",), NET, "--host 10.9.0.1", ("is reachable from other machines",)),
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from epmesh.driver_session import DriverSession
+from epmesh.driver_session import DriverSession, NodeAddress
 from epmesh.frames import ITEM_BYTES
 from epmesh.front import FrontClient, FrontPeer
 from epmesh.v1 import front_pb2
@@ -89,7 +89,7 @@ def odd_request(source: random.Random, token: bytes) -> tuple[front_pb2.FrontReq
 @pytest.mark.parametrize("seed", range(3))
 def test_odd_calls_are_answered_and_the_rank_goes_on(mesh: HostedMesh, seed: int) -> None:
     source, answers = random.Random(seed), dict[str, int]()
-    session = DriverSession(mesh.addresses[0], 0, "fuzz", 10.0)
+    session = DriverSession(NodeAddress(mesh.addresses[0]), 0, "fuzz", 10.0, tls=None)
     peer = FrontPeer(0, session.granted.incarnation, session.granted.front_endpoint)
     with contextlib.closing(FrontClient(session.granted.mesh_id)) as client:
         for _ in range(ROUNDS):

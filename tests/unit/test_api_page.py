@@ -38,7 +38,7 @@ def test_inherited_members_stand_where_their_base_is_not_public() -> None:
 
 def test_signatures_are_written_as_in_the_source_without_self() -> None:
     page = generate_api.page()
-    assert "def connect(address: str | Sequence[str], *, timeout_s: float = 10.0) -> Mesh\n" in page
+    assert "    timeout_s: float = 10.0,\n    tls: Tls | None = None,\n) -> Mesh\n" in page
     assert "def wait_view(accept: Callable[[View], bool] | None = None, timeout_s: float = 10.0) -> View\n" in page
     assert "self" not in [line.strip(" ,") for line in page.splitlines()]
 

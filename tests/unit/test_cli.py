@@ -149,17 +149,33 @@ def test_a_coordinator_beside_a_node_gets_every_option_as_an_argument() -> None:
         data_dir=Path("/d"),
         stride=2,
         min_nodes=0,
+        tls_dir=Path("/t"),
         insecure=True,
         log_level=LogLevel.DEBUG,
     )
     line = " ".join(options.command())
-    for part in ("--port 7402", "--data-dir /d", "--stride 2", "--min-nodes 0", "--insecure", "--log-level debug"):
+    for part in (
+        "--port 7402",
+        "--data-dir /d",
+        "--stride 2",
+        "--min-nodes 0",
+        "--tls-dir /t",
+        "--insecure",
+        "--log-level debug",
+    ):
         assert part in line
 
 
 def test_a_port_nobody_could_know_is_refused() -> None:
     options = CoordinatorOptions(
-        host="127.0.0.1", port=0, data_dir=None, stride=None, min_nodes=None, insecure=False, log_level=LogLevel.INFO
+        host="127.0.0.1",
+        port=0,
+        data_dir=None,
+        stride=None,
+        min_nodes=None,
+        tls_dir=None,
+        insecure=False,
+        log_level=LogLevel.INFO,
     )
     with pytest.raises(InvalidRequest, match="--coordinator-port is 0"):
         serving.serve(NodeSettings(), options)

@@ -113,7 +113,7 @@ def test_a_service_that_says_nothing_is_left_for_the_next(service: FakeService, 
 def test_a_name_that_cannot_be_resolved_yet_is_looked_up_again(service: FakeService, monkeypatch: Any) -> None:
     targets: list[str] = []
 
-    def late(target: str, options: channels.Options) -> grpc.Channel:
+    def late(target: str, options: channels.Options, tls: None) -> grpc.Channel:
         targets.append(target)
         return channels.open_channel(service.address if len(targets) > 3 else target, options)
 

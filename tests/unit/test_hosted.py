@@ -16,7 +16,6 @@ from epmesh.errors import InvalidRequest
 from epmesh.placement import Placement
 from epmesh.view import View
 from epmesh_server.cli import serving
-from epmesh_server.cli.serving import address_here
 from epmesh_server.hosted import supervisor as supervisor_module
 from epmesh_server.hosted.factory import load_factory
 from epmesh_server.hosted.holdings import entry
@@ -146,14 +145,6 @@ def test_options_of_hosted_ranks_are_refused_where_there_are_none(hosted: list[H
     with pytest.raises(InvalidRequest, match=r"--num-experts, --drain: this node hosts no ranks; .* --ranks N"):
         invoke("serve", "--num-experts", "4", "--drain", "1")
     assert hosted == []
-
-
-@pytest.mark.parametrize(
-    ("bound", "here"),
-    [("0.0.0.0:7400", "127.0.0.1:7400"), ("10.0.0.2:7400", "10.0.0.2:7400"), ("127.0.0.1:1", "127.0.0.1:1")],
-)
-def test_hosted_ranks_reach_their_node_service_where_it_listens(bound: str, here: str) -> None:
-    assert address_here(bound) == here
 
 
 # Factories -------------------------------------------------------------------------------------------------------

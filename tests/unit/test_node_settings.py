@@ -26,8 +26,8 @@ from epmesh_server.node.runtime_dir import runtime_directory
         ({"coordinator": ":7401"}, "coordinator is ':7401'"),
         ({"advertise": "host:99999"}, "advertise is 'host:99999'"),
         ({"host": "0.0.0.0"}, "--insecure"),
-        ({"host": "10.0.0.1"}, "not loopback"),
-        ({"host": "node-7"}, "not loopback"),
+        ({"host": "10.0.0.1"}, "reachable from other machines"),
+        ({"host": "node-7"}, "reachable from other machines"),
     ],
     ids=str,
 )

@@ -12,6 +12,8 @@ from typing import Annotated
 import typer
 
 from epmesh.errors import EpmeshError, InvalidRequest
+from epmesh.tls import tls_files
+from epmesh_server.cli import certs
 from epmesh_server.cli.logs import LogLevel, configure_logging
 from epmesh_server.hosted.options import DEFAULT_DRAIN_S, HostedRanks, parse_hold
 
@@ -25,6 +27,8 @@ app = typer.Typer(
     help="Expert-parallel all-to-all as a service: node services, a coordinator, and what they know.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(certs.app, name="certs")
 
 LevelOption = Annotated[LogLevel, typer.Option(envvar="EPMESH_LOG_LEVEL", help="Least severe lines on stderr.")]
 
@@ -122,6 +126,15 @@ def serve(
             rich_help_panel=_SERVICE,
         ),
     ] = None,
+    tls_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="EPMESH_TLS_DIR",
+            help="Directory with ca.crt, tls.crt and tls.key (see `epmesh certs`): callers must show who they are.",
+            show_default="no TLS",
+            rich_help_panel=_SERVICE,
+        ),
+    ] = None,
     insecure: Annotated[
         bool,
         typer.Option(
@@ -131,6 +144,15 @@ def serve(
             rich_help_panel=_SERVICE,
         ),
     ] = False,
+    coordinator_tls_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="EPMESH_COORDINATOR_TLS_DIR",
+            help="Its certificates; needed with --tls-dir.",
+            show_default="no TLS",
+            rich_help_panel=_COORDINATOR,
+        ),
+    ] = None,
     coordinator_port: Annotated[
         int, typer.Option(envvar="EPMESH_COORDINATOR_PORT", help="Its port.", rich_help_panel=_COORDINATOR)
     ] = 7401,
@@ -265,6 +287,7 @@ def serve(
 
     configure_logging(log_level)
     beside = {"--coordinator-port": "coordinator_port", "--data-dir": "data_dir", "--stride": "stride"}
+    beside["--coordinator-tls-dir"] = "coordinator_tls_dir"
     if coordinator is not None:
         _refuse_beside(context, coordinator, {**beside, "--min-nodes": "min_nodes"})
     hosted = None
@@ -297,6 +320,7 @@ def serve(
             advertise=advertise,
             link_host=link_host,
             slot=slot,
+            tls=tls_files(tls_dir),
             insecure=insecure,
         ),
         None
@@ -307,6 +331,7 @@ def serve(
             data_dir=data_dir,
             stride=stride,
             min_nodes=min_nodes,
+            tls_dir=_tls_dir_beside(tls_dir, coordinator_tls_dir),
             insecure=insecure,
             log_level=log_level,
         ),
@@ -334,6 +359,14 @@ def coordinator(
             envvar="EPMESH_MIN_NODES", help="Fewest nodes a view may have.", show_default="half of the last view's"
         ),
     ] = None,
+    tls_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="EPMESH_TLS_DIR",
+            help="Directory with ca.crt, tls.crt and tls.key (see `epmesh certs`): callers must show who they are.",
+            show_default="no TLS",
+        ),
+    ] = None,
     insecure: Annotated[
         bool,
         typer.Option(
@@ -359,6 +392,7 @@ def coordinator(
         data_dir=data_dir,
         stride=stride,
         min_nodes=min_nodes,
+        tls_dir=tls_dir,
         insecure=insecure,
         log_level=log_level,
     )
@@ -375,11 +409,19 @@ def status(
     ] = "127.0.0.1:7400",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on showing every new view, until Ctrl-C.")] = False,
+    tls_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="EPMESH_TLS_DIR",
+            help="Directory with ca.crt, tls.crt and tls.key, where the mesh is secured.",
+            show_default="no TLS",
+        ),
+    ] = None,
 ) -> None:
     """Show who is in the mesh: nodes, ranks, devices, modes, groups and experts."""
     from epmesh_server.cli import status as status_command
 
-    status_command.show(address, as_json=as_json, watch=watch)
+    status_command.show(address, as_json=as_json, watch=watch, tls=tls_files(tls_dir))
 
 
 @app.command()
@@ -503,6 +545,14 @@ def take_service_links(environment: MutableMapping[str, str]) -> dict[str, str]:
     """
     names = [name for name in ("EPMESH_PORT", "EPMESH_COORDINATOR_PORT") if "://" in environment.get(name, "")]
     return {name: environment.pop(name) for name in names}
+
+
+def _tls_dir_beside(tls_dir: Path | None, coordinator_tls_dir: Path | None) -> Path | None:
+    """The certificates of the coordinator beside a node: both are secured, or neither is."""
+    if (tls_dir is None) != (coordinator_tls_dir is None):
+        given, missing = ("--tls-dir", "--coordinator-tls-dir") if tls_dir else ("--coordinator-tls-dir", "--tls-dir")
+        raise InvalidRequest(f"{given} without {missing}: the coordinator beside this node and the node need one each")
+    return coordinator_tls_dir
 
 
 def parse_size(text: str) -> int:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from epmesh.addresses import ANY_HOST, join_address, split_address
+from epmesh.addresses import ANY_HOST, join_address
 from epmesh.errors import InvalidRequest
+from epmesh.tls import tls_files
 from epmesh_server.cli.logs import LogLevel
 from epmesh_server.cli.supervisor import Supervisor, die_with_parent
 from epmesh_server.doctor import Asked, local_errors
@@ -36,6 +37,7 @@ class CoordinatorOptions:
     data_dir: Path | None
     stride: int | None
     min_nodes: int | None
+    tls_dir: Path | None
     insecure: bool
     log_level: LogLevel
 
@@ -53,6 +55,8 @@ class CoordinatorOptions:
             command += ["--stride", str(self.stride)]
         if self.min_nodes is not None:
             command += ["--min-nodes", str(self.min_nodes)]
+        if self.tls_dir is not None:
+            command += ["--tls-dir", str(self.tls_dir)]
         return [*command, "--insecure"] if self.insecure else command
 
 
@@ -98,6 +102,7 @@ def coordinate(options: CoordinatorOptions, supervisor: int | None) -> None:
         port=options.port,
         data_dir=options.directory,
         min_nodes=options.min_nodes,
+        tls=tls_files(options.tls_dir),
         insecure=options.insecure,
         **stride,
     )
@@ -114,12 +119,6 @@ def default_data_dir(port: int) -> Path:
     state = os.environ.get("XDG_STATE_HOME", "")
     base = Path(state) if state else Path.home() / ".local" / "state"
     return base / "epmesh" / f"coordinator-{port}"
-
-
-def address_here(bound: str) -> str:
-    """Where processes of this host reach a service that listens at `bound`."""
-    host, port = split_address(bound, "address")
-    return join_address("127.0.0.1" if host in ANY_HOST else host, port)
 
 
 def _log_local_errors(settings: NodeSettings, beside: CoordinatorOptions | None, hosted: HostedRanks | None) -> None:
@@ -165,9 +164,9 @@ async def _serve_node(
         _log.info("node service listens at %s", address)
         listening.set_result(address)
 
-    def registered(registration: Registration) -> None:
+    def registered(registration: Registration, local_address: str) -> None:
         if ranks is not None:
-            ranks.start(address_here(listening.result()), registration.stride)
+            ranks.start(local_address, registration.stride)
 
     end = asyncio.Event()
     node = asyncio.create_task(run_node(settings, end, ready, registered))

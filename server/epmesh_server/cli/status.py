@@ -16,6 +16,8 @@ from epmesh.addresses import split_address
 from epmesh.channels import open_channel
 from epmesh.discovery import Mesh, connect
 from epmesh.errors import DeadlineExceeded, EpmeshError, MeshUnavailable, from_rpc_error
+from epmesh.tls import TlsFiles
+from epmesh.tls_refusals import explained
 from epmesh.v1 import discovery_service_pb2, discovery_service_pb2_grpc, rank_service_pb2, rank_service_pb2_grpc
 from epmesh.view import View
 from epmesh_server.cli.tables import view_as_dict, view_as_tables
@@ -24,26 +26,27 @@ _TIMEOUT_S = 1.5
 _NO_LIMIT = 1_000_000  # columns
 
 
-def show(address: str, *, as_json: bool, watch: bool) -> None:
+def show(address: str, *, as_json: bool, watch: bool, tls: TlsFiles | None = None) -> None:
     """Prints the view that the service at `address` knows; with `watch` every later one too.
 
     Raises:
         InvalidRequest: `address` is no host:port.
         MeshUnavailable: nobody answers there.
+        Unauthenticated: it wants another certificate, or one at all.
         NotReady: there is no view yet.
     """
     split_address(address, "address")
     with contextlib.suppress(KeyboardInterrupt):
         if watch:
-            with connect(address, timeout_s=_TIMEOUT_S) as mesh:
+            with connect(address, timeout_s=_TIMEOUT_S, tls=tls) as mesh:
                 _show_all(mesh, as_json=as_json)
         else:
-            with open_channel(address) as channel:
-                _show_one(channel, address, as_json=as_json)
+            with open_channel(address, tls=tls) as channel:
+                _show_one(channel, address, tls, as_json=as_json)
 
 
-def _show_one(channel: grpc.Channel, address: str, *, as_json: bool) -> None:
-    view = _get_view(discovery_service_pb2_grpc.DiscoveryServiceStub(channel), address)
+def _show_one(channel: grpc.Channel, address: str, tls: TlsFiles | None, *, as_json: bool) -> None:
+    view = _get_view(discovery_service_pb2_grpc.DiscoveryServiceStub(channel), address, tls)
     if as_json:
         _print_json([view])
     else:
@@ -69,16 +72,16 @@ def _describe(channel: grpc.Channel) -> rank_service_pb2.DescribeNodeResponse | 
         return None
 
 
-def _get_view(stub: discovery_service_pb2_grpc.DiscoveryServiceStub, address: str) -> View:
+def _get_view(stub: discovery_service_pb2_grpc.DiscoveryServiceStub, address: str, tls: TlsFiles | None) -> View:
     try:
         answer = stub.GetView(discovery_service_pb2.GetViewRequest(), timeout=_TIMEOUT_S)
     except grpc.RpcError as exc:
-        raise _typed(exc, address) from exc
+        raise _typed(exc, address, tls) from exc
     return View.from_proto(answer.view)
 
 
-def _typed(error: grpc.RpcError, address: str) -> EpmeshError:
-    typed = from_rpc_error(error, address)
+def _typed(error: grpc.RpcError, address: str, tls: TlsFiles | None) -> EpmeshError:
+    typed = explained(from_rpc_error(error, address), address, tls)
     if isinstance(typed, MeshUnavailable | DeadlineExceeded):
         reason = str(typed).rpartition("remote host: ")[2].removesuffix(" (UNAVAILABLE)")
         return MeshUnavailable(f"nobody answers at {address} ({reason}); is `epmesh serve` running there?")

@@ -79,6 +79,10 @@ class Engine:
         finally:
             del self._calls[number]
 
+    def node_id(self, slot: int) -> str | None:
+        """The id of the node that a slot was given to, if it was."""
+        return self._machine.node_id(slot)
+
     def open_session(self, slot: int, incarnation: int, epoch: int) -> tuple[int, Outbox]:
         """A node's control stream; returns its number and what is to be sent on it."""
         session = next(self._numbers)

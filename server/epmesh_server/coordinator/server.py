@@ -16,11 +16,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from epmesh.channels import COMMON, KEEPALIVE
 from epmesh.errors import InvalidRequest
+from epmesh_server.access import COORDINATOR_ACCESS, Role
 from epmesh_server.coordinator.engine import Engine
 from epmesh_server.coordinator.log import FileStore, Store
 from epmesh_server.coordinator.service import Services
 from epmesh_server.coordinator.settings import CoordinatorSettings
+from epmesh_server.exposure import warn_if_exposed
 from epmesh_server.membership import Membership, MeshCreated, Snapshot
+from epmesh_server.secure_server import add_port, check_own_certificate, make_server
 
 HEALTH_NAMES = ("", "epmesh.coordinator")
 _STOP_GRACE_S = 0.2
@@ -94,12 +97,15 @@ async def open_coordinator(settings: CoordinatorSettings, store: Store | None = 
     Raises:
         InvalidRequest: the port is taken, or the data directory cannot be used.
     """
+    if settings.tls is not None:
+        check_own_certificate(settings.tls, Role.COORDINATOR)
+    warn_if_exposed("coordinator", settings.host, settings.tls)
     held = store or FileStore(settings.data_dir)
     try:
         snapshot = load_mesh(held, settings.stride)
         machine = Membership(settings.membership, snapshot, time.monotonic())
         engine = Engine(machine, held)
-        server = grpc.aio.server(options=_OPTIONS)
+        server = make_server(_OPTIONS, settings.tls, COORDINATOR_ACCESS)
         server.add_generic_rpc_handlers(tuple(Services(engine, settings, snapshot.mesh_id).handlers()))
         service = await _add_health(server)
         port = bind(server, settings)
@@ -133,7 +139,7 @@ def bind(server: grpc.aio.Server, settings: CoordinatorSettings) -> int:
     """
     address = settings.address(settings.port)
     try:
-        port = server.add_insecure_port(address)
+        port = add_port(server, address, settings.tls)
     except RuntimeError:
         port = 0
     if port == 0:

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 import grpc
 
-from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable
+from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, Unauthenticated
 from epmesh.grpc_errors import abort
 from epmesh.placement import Placement
 from epmesh.v1 import discovery_service_pb2 as discovery
 from epmesh.v1 import group_service_pb2 as groups
 from epmesh.v1 import membership_service_pb2 as membership
+from epmesh_server.access import check_node
 from epmesh_server.coordinator.engine import Engine
 from epmesh_server.coordinator.outbox import Outbox
 from epmesh_server.coordinator.settings import CoordinatorSettings
@@ -27,6 +28,7 @@ from epmesh_server.coordinator.wire import (
 )
 from epmesh_server.membership.actions import Command, Done, NodeGranted
 from epmesh_server.membership.events import CreateGroup, DestroyGroup, Event, RegisterNode, SetPlacement
+from epmesh_server.secure_server import caller_of
 
 _HELLO_TIMEOUT_S = 5.0
 _FLUSH_TIMEOUT_S = 1.0
@@ -97,6 +99,7 @@ class Services:
     ) -> membership.RegisterNodeResponse:
         """Gives a node its slot and lease."""
         slot = request.slot if request.HasField("slot") else None
+        await _refuse_impostor(context, request.node_id)
 
         def event(call: int) -> Event:
             return RegisterNode(call, registration_from_proto(request), slot)
@@ -114,6 +117,7 @@ class Services:
     async def node_session(self, requests: AsyncIterator[membership.NodeSessionRequest], context: Context) -> None:
         """A node's control stream."""
         hello = await self._hello(context)
+        await _refuse_impostor(context, self._engine.node_id(hello.slot))
         session, outbox = self._engine.open_session(hello.slot, hello.incarnation, hello.epoch)
         orderly = False
         reading = asyncio.create_task(self._read(session, context))
@@ -217,6 +221,16 @@ class Services:
             return await self._engine.call(event)
         except EpmeshError as error:
             await abort(context, error)
+
+
+async def _refuse_impostor(context: Context, node_id: str | None) -> None:
+    """Ends a call that acts for another node than the caller's certificate is for."""
+    if node_id is None:
+        return  # the machine refuses it
+    try:
+        check_node(node_id, caller_of(context))
+    except Unauthenticated as error:
+        await abort(context, error)
 
 
 async def _ended(outbox: Outbox) -> EpmeshError:

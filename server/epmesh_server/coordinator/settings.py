@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from epmesh.addresses import is_loopback, join_address
+from epmesh.addresses import join_address
 from epmesh.errors import InvalidRequest
+from epmesh.tls import TlsFiles
 from epmesh.version import VERSION
+from epmesh_server.exposure import check_exposure
 from epmesh_server.membership import MembershipSettings
 
 DEFAULT_PORT = 7401
@@ -22,7 +24,8 @@ class CoordinatorSettings:
         port: 0 binds a free one, which `run_coordinator` publishes.
         data_dir: directory of the log; made when missing, and no other coordinator's.
         stride, min_nodes, heartbeat_interval_s, lease_s, answer_timeout_s: see `MembershipSettings`.
-        insecure: whether to listen beyond loopback without authentication.
+        tls: what it shows itself with, and checks callers by; `None`: nothing authenticates them.
+        insecure: whether to listen beyond loopback without `tls`.
     """
 
     data_dir: Path
@@ -33,17 +36,14 @@ class CoordinatorSettings:
     heartbeat_interval_s: float = 1.0
     lease_s: float = 3.0
     answer_timeout_s: float = 1.0
+    tls: TlsFiles | None = None
     insecure: bool = False
     membership: MembershipSettings = field(init=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise InvalidRequest(f"port is {self.port}; it must be 0 to 65535")
-        if not self.insecure and not is_loopback(self.host):
-            raise InvalidRequest(
-                f"host {self.host} is reachable from other machines and anyone there could join the mesh; "
-                f"say --insecure if the network is trusted, or bind 127.0.0.1"
-            )
+        check_exposure(self.host, self.tls, insecure=self.insecure)
         membership = MembershipSettings(
             version=VERSION,
             stride=self.stride,

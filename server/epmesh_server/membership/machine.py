@@ -80,6 +80,11 @@ class Membership:
         """The last committed view; epoch 0 before the first."""
         return self._rounds.view
 
+    def node_id(self, slot: int) -> str | None:
+        """The id of the node that `slot` was given to last; `None` where it never was."""
+        node = self._nodes.get(slot)
+        return node.registration.node_id if node is not None else None
+
     def next_deadline(self) -> float | None:
         """When something happens although nobody says anything; a `Tick` that comes early does no harm."""
         times = (self._nodes.next_lease_end(), self._rounds.next_deadline(), self._links_due)

@@ -15,6 +15,8 @@ from typing import Protocol
 import grpc
 
 from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, Unauthenticated, from_rpc_error
+from epmesh.tls import COORDINATOR_NAME, TlsFiles
+from epmesh.tls_refusals import explained
 from epmesh.v1 import membership_service_pb2 as wire
 from epmesh.v1 import membership_service_pb2_grpc
 from epmesh_server.node.registration import Identity, Registration
@@ -61,7 +63,10 @@ class NodeCommands(Protocol):
 class CoordinatorLink:
     """Keeps a node registered at one coordinator."""
 
-    def __init__(self, address: str, channel: grpc.aio.Channel, node: NodeCommands) -> None:
+    def __init__(
+        self, address: str, channel: grpc.aio.Channel, node: NodeCommands, tls: TlsFiles | None = None
+    ) -> None:
+        self._tls = tls
         self._address = address
         self._stub = membership_service_pb2_grpc.MembershipServiceStub(channel)
         self._node = node
@@ -131,12 +136,19 @@ class CoordinatorLink:
         try:
             answer = await self._stub.RegisterNode(request, timeout=CALL_TIMEOUT_S)
         except grpc.aio.AioRpcError as exc:
-            raise from_rpc_error(exc, f"coordinator at {self._address}") from exc
+            raise await self._refusal(exc) from exc
         granted = Registration(answer.slot, answer.mesh_id, answer.stride, answer.heartbeat_interval_s, answer.lease_s)
         self._lease = _Lease(granted.lease_s, sent)
         self._node.registered(granted)
         _log.info("node %s registered at %s: slot %d", identity.node_id, self._address, granted.slot)
         return granted
+
+    async def _refusal(self, error: grpc.aio.AioRpcError) -> EpmeshError:
+        """Why it did not register the node; at first contact TLS is asked too, which says more than gRPC."""
+        typed = from_rpc_error(error, f"coordinator at {self._address}")
+        if self._lease is not None:
+            return typed
+        return await asyncio.to_thread(explained, typed, self._address, self._tls, COORDINATOR_NAME)
 
     async def _serve(self, registration: Registration, incarnation: int) -> None:
         """One control stream, until it breaks.

@@ -7,16 +7,17 @@ import contextlib
 import logging
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from epmesh.addresses import ANY_HOST, has_port, join_address, split_address
-from epmesh.channels import open_aio_channel
+from epmesh.channels import UNIX_PREFIX, open_aio_channel
 from epmesh.curve import KeyPair
 from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable
+from epmesh.tls import COORDINATOR_NAME, TlsFiles
 from epmesh.v1 import (
     discovery_service_pb2_grpc,
     group_service_pb2_grpc,
@@ -26,6 +27,8 @@ from epmesh.v1 import (
     store_service_pb2_grpc,
 )
 from epmesh.version import VERSION
+from epmesh_server.access import NODE_ACCESS, Role
+from epmesh_server.exposure import warn_if_exposed
 from epmesh_server.node.buffers import BufferPool
 from epmesh_server.node.client_keys import ClientKeyTable
 from epmesh_server.node.commands import Commands
@@ -47,9 +50,11 @@ from epmesh_server.node.runtime_dir import DESCRIPTOR_SOCKET, GRPC_SOCKET, ZAP_S
 from epmesh_server.node.settings import NodeSettings
 from epmesh_server.node.store import KeyValueStore, Store
 from epmesh_server.node.views import Discovery, ViewBoard
+from epmesh_server.secure_server import add_port, check_own_certificate, make_server
 
 _log = logging.getLogger(__name__)
 HEALTH_SERVICES = ("", "epmesh.node")
+OnRegistered = Callable[[Registration, str], None]
 _STOP_GRACE_S = 0.4
 _LEAVE_S = 0.3
 _DRIVER_REGIONS = 4  # the memory of a rank and its driver, in regions of its exchange; only touched pages count
@@ -59,14 +64,15 @@ async def run_node(
     settings: NodeSettings,
     stop: asyncio.Event,
     on_ready: Callable[[str], None],
-    on_registered: Callable[[Registration], None] = lambda _: None,
+    on_registered: OnRegistered = lambda *_: None,
 ) -> None:
     """Runs a node service until `stop` is set.
 
     Args:
         on_ready: called with the bound ``host:port`` once everything listens; the coordinator may still be away.
-        on_registered: called once the coordinator accepted the node for the first time; it may refuse with
-            `InvalidRequest`, which ends the service.
+        on_registered: called once the coordinator accepted the node for the first time, with the registration and the
+            address of the unix socket that ranks of this host may join at; it may refuse with `InvalidRequest`, which
+            ends the service.
 
     Raises:
         InvalidRequest: the port is in use, a directory cannot be used, or the coordinator refuses the node for good.
@@ -88,13 +94,13 @@ class Node:
         self,
         settings: NodeSettings,
         directory: Path,
-        on_registered: Callable[[Registration], None] = lambda _: None,
+        on_registered: OnRegistered = lambda *_: None,
     ) -> None:
         self._settings = settings
         self._directory = directory
         self._board = ViewBoard()
         self._enrolment = Enrolment()
-        self._enrolment.on_first = on_registered
+        self._enrolment.on_first = lambda first: on_registered(first, f"{UNIX_PREFIX}{directory / GRPC_SOCKET}")
         self._pair = KeyPair.generate() if settings.curve else None
         self._client_keys = ClientKeyTable()
         self._table = RankTable(curve=settings.curve)
@@ -114,9 +120,9 @@ class Node:
             budget_bytes=_DRIVER_REGIONS * settings.region_bytes,
         )
         self._health = health.aio.HealthServicer()
-        self._channel = open_aio_channel(settings.coordinator)
+        self._channel = open_aio_channel(settings.coordinator, tls=settings.tls, server=COORDINATOR_NAME)
         self._commands = Commands(self._table, self._board, self._follower, self._hosting, self._enrolment)
-        self._link = CoordinatorLink(settings.coordinator, self._channel, self._commands)
+        self._link = CoordinatorLink(settings.coordinator, self._channel, self._commands, settings.tls)
         self._table.on_change = self._link.ranks_changed
         self._hosting.on_links = self._link.links_changed
         self._groups = Groups(settings.coordinator, self._channel, self._board)
@@ -199,8 +205,10 @@ class Node:
 
     async def _listen_tcp(self) -> str:
         settings = self._settings
-        server = self._make_server(TCP_SERVER_OPTIONS, RankService(self.describe, None, self._board))
-        port = _bind(server, join_address(settings.host, settings.port))
+        warn_if_exposed("node service", settings.host, settings.tls)
+        server = make_server(TCP_SERVER_OPTIONS, settings.tls, NODE_ACCESS)
+        self._add_services(server, RankService(self.describe, None, self._board))
+        port = _bind(server, join_address(settings.host, settings.port), settings.tls)
         bound = join_address(settings.host, port)
         self._identity = _identity(settings, bound, port, self._identity.incarnation)
         await self._begin(server)
@@ -209,20 +217,20 @@ class Node:
     async def _listen_unix(self) -> None:
         path = self._directory / GRPC_SOCKET
         path.unlink(missing_ok=True)
-        server = self._make_server(UNIX_SERVER_OPTIONS, RankService(self.describe, self._hosting, self._board))
+        server = grpc.aio.server(options=UNIX_SERVER_OPTIONS)
+        self._add_services(server, RankService(self.describe, self._hosting, self._board))
         store_service_pb2_grpc.add_StoreServiceServicer_to_server(Store(self._store), server)
-        _bind(server, f"unix:{path}")
+        _bind(server, f"{UNIX_PREFIX}{path}", None)
+        path.chmod(0o600)
         await self._begin(server)
 
-    def _make_server(self, options: Sequence[tuple[str, int]], ranks: RankService) -> grpc.aio.Server:
-        server = grpc.aio.server(options=options)
+    def _add_services(self, server: grpc.aio.Server, ranks: RankService) -> None:
         rank_service_pb2_grpc.add_RankServiceServicer_to_server(ranks, server)
         discovery_service_pb2_grpc.add_DiscoveryServiceServicer_to_server(Discovery(self._board), server)
         group_service_pb2_grpc.add_GroupServiceServicer_to_server(self._groups, server)
         router_service_pb2_grpc.add_RouterServiceServicer_to_server(self._router, server)
         self._communicators.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        return server
 
     def _own_slot(self) -> int | None:
         registration = self._enrolment.current
@@ -248,9 +256,9 @@ class Node:
         return MeshUnavailable(f"node service {self._identity.node_id} is shutting down")
 
 
-def _bind(server: grpc.aio.Server, address: str) -> int:
+def _bind(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
     try:
-        return server.add_insecure_port(address)
+        return add_port(server, address, tls)
     except RuntimeError as exc:
         raise InvalidRequest(
             f"cannot listen at {address}: it is in use, or not an address of this host; choose another --port or --host"
@@ -260,9 +268,12 @@ def _bind(server: grpc.aio.Server, address: str) -> int:
 def _identity(settings: NodeSettings, bound: str, port: int, incarnation: int) -> Identity:
     hostname = socket.gethostname()
     advertise = settings.advertise or (hostname if settings.host in ANY_HOST else bound)
+    node_id = settings.node_id
+    if settings.tls is not None:
+        node_id = check_own_certificate(settings.tls, Role.NODE, node_id)
     address = advertise if has_port(advertise) else join_address(advertise, port)
     return Identity(
-        node_id=settings.node_id or f"{hostname}:{port}",
+        node_id=node_id or f"{hostname}:{port}",
         incarnation=incarnation,
         address=address,
         version=VERSION,

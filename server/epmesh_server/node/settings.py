@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from epmesh.addresses import has_port, is_loopback, split_address
+from epmesh.addresses import has_port, split_address
 from epmesh.errors import InvalidRequest
+from epmesh.tls import TlsFiles
+from epmesh_server.exposure import check_exposure
 from epmesh_server.shared_memory import PAGE_BYTES
 
 DEFAULT_PORT = 7400
@@ -30,7 +32,8 @@ class NodeSettings:
         link_host: host that the links of this node's ranks bind and advertise; `None` means the advertised host.
         slot: claims the slot of a dead node, for a replacement under another name.
         curve: whether the ZeroMQ endpoints of this node's ranks use CURVE; all nodes of a mesh do, or none.
-        insecure: allows a host that is not loopback although nothing authenticates callers yet.
+        tls: what the node shows itself with, and checks callers by; `None`: nothing authenticates them.
+        insecure: allows a host that is not loopback without `tls`.
 
     Raises:
         InvalidRequest: a value is out of range.
@@ -46,6 +49,7 @@ class NodeSettings:
     link_host: str | None = None
     slot: int | None = None
     curve: bool = False
+    tls: TlsFiles | None = None
     insecure: bool = False
 
     def __post_init__(self) -> None:
@@ -60,11 +64,7 @@ class NodeSettings:
         split_address(self.coordinator, "coordinator")
         if self.advertise is not None and has_port(self.advertise):
             split_address(self.advertise, "advertise")
-        if not self.insecure and not is_loopback(self.host):
-            raise InvalidRequest(
-                f"host {self.host} is not loopback, and nothing authenticates callers there; "
-                "use 127.0.0.1, or --insecure on a network you trust"
-            )
+        check_exposure(self.host, self.tls, insecure=self.insecure)
 
     @property
     def region_bytes(self) -> int:

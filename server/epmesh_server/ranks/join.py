@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from epmesh.addresses import split_address
+from epmesh.channels import UNIX_PREFIX
 from epmesh.errors import InvalidRequest
+from epmesh.tls import Tls, TlsFiles, tls_files
 from epmesh.v1 import membership_service_pb2, rank_service_pb2, view_pb2
 from epmesh.view import RankMode, View
 from epmesh_server.ranks.checked_communicator import Load
@@ -45,9 +47,11 @@ class RankOptions:
     exchange_timeout_s: float = 30.0
     timeout_s: float = 60.0
     load: Load | None = None
+    tls: TlsFiles | None = None
 
     def __post_init__(self) -> None:
-        split_address(self.address, "the node service's address")
+        if not self.address.startswith(UNIX_PREFIX):
+            split_address(self.address, "the node service's address")
         _check_device(self.device, self.mode)
         self._check_numbers()
         limits = self.exchange_timeout_s, self.timeout_s
@@ -121,13 +125,15 @@ def join(
     exchange_timeout_s: float = 30.0,
     timeout_s: float = 60.0,
     load: Load | None = None,
+    tls: Tls | None = None,
 ) -> JoinedCommunicator:
     """Joins the mesh through the node service of this host; returns in the first view with `world_size` ranks.
 
     Never touches torch's default process group. Leave with ``destroy()``, or use the result as a context manager.
 
     Args:
-        address: host:port of this host's node service.
+        address: host:port of this host's node service, or ``unix:PATH`` of the socket ``grpc.sock`` in its
+            ``--runtime-dir``, which needs no certificate.
         mode: ``exchange``, or ``serve`` for a rank that answers routers from the start (see ``serve()``).
         world_size: ranks in the same mode to wait for; the linear default placement is computed over them.
         local_rank: index on the node; default the lowest free one.
@@ -140,6 +146,7 @@ def join(
         exchange_timeout_s: how long a call waits for other ranks.
         timeout_s: how long joining, `wait_ready` and changes of groups may take.
         load: ``load(added, removed)`` is called with expert ids when a placement changes what this rank holds.
+        tls: what this process shows itself with, where the mesh is secured and `address` is host:port; see `connect`.
 
     Returns:
         The communicator of the group ``ep``. Ranks that serve are not in it: they get that of ``world``, in which they
@@ -147,6 +154,7 @@ def join(
 
     Raises:
         MeshUnavailable: the node service or its coordinator did not answer, or too few ranks came, in time.
+        Unauthenticated: the node service refuses this process's certificate, or its own cannot be believed.
         InvalidRequest: an argument is wrong, or the local rank is taken.
     """
     options = RankOptions(
@@ -163,6 +171,7 @@ def join(
         exchange_timeout_s=exchange_timeout_s,
         timeout_s=timeout_s,
         load=load,
+        tls=tls_files(tls),
     )
     return become_rank(options)
 
@@ -183,7 +192,7 @@ def become_rank(
     """
     timeout_s = options.timeout_s if within_s is None else within_s
     deadline = time.monotonic() + timeout_s
-    node = describe_node(options.address, timeout_s)
+    node = describe_node(options.address, timeout_s, options.tls)
     incarnation = secrets.randbits(63) | 1
     sessions: list[RankSession] = []
 

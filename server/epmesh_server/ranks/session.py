@@ -21,6 +21,8 @@ from epmesh import errors
 from epmesh.channels import open_channel
 from epmesh.driver_memory import DriverMemory
 from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, Unauthenticated
+from epmesh.tls import TlsFiles
+from epmesh.tls_refusals import explained
 from epmesh.v1 import membership_service_pb2, rank_service_pb2, rank_service_pb2_grpc
 from epmesh.version import VERSION, check_compatible
 from epmesh.view import RankMode, View
@@ -34,22 +36,26 @@ _LEAVE_WITHIN_S = 6.0
 _MAX_DATAGRAM, _MAX_DESCRIPTORS = 65_536, 253
 
 
-def describe_node(address: str, timeout_s: float) -> rank_service_pb2.DescribeNodeResponse:
+def describe_node(address: str, timeout_s: float, tls: TlsFiles | None = None) -> rank_service_pb2.DescribeNodeResponse:
     """Asks the node service at `address` who it is, until it is registered with its coordinator.
 
     Raises:
+        Unauthenticated: the node service refuses this process's certificate, or its own cannot be believed.
         InvalidRequest: the node service has another major or minor version.
         MeshUnavailable: nobody answered, or no coordinator accepted the node, within `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
-    with open_channel(address) as channel:
+    with open_channel(address, tls=tls) as channel:
         stub = rank_service_pb2_grpc.RankServiceStub(channel)
         problem: str = "no answer"
         while (left := deadline - time.monotonic()) > 0:
             try:
                 node = stub.DescribeNode(rank_service_pb2.DescribeNodeRequest(), timeout=min(left, RPC_TIMEOUT_S))
             except grpc.RpcError as exc:
-                problem = str(errors.from_rpc_error(exc, "DescribeNode"))
+                error = explained(errors.from_rpc_error(exc, "DescribeNode"), address, tls)
+                if isinstance(error, Unauthenticated):
+                    raise error from exc
+                problem = str(error)
             else:
                 check_compatible(VERSION, node.version, f"node service at {address}")
                 if node.registered:

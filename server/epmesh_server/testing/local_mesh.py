@@ -17,11 +17,15 @@ from typing import Any, Self
 
 import grpc
 
-from epmesh.channels import open_channel
+from epmesh.channels import UNIX_PREFIX, open_channel
 from epmesh.errors import InvalidRequest, MeshUnavailable, NotReady, PeerLost, from_rpc_error
+from epmesh.tls import TlsFiles
 from epmesh.v1 import discovery_service_pb2, discovery_service_pb2_grpc
 from epmesh.view import View
+from epmesh_server.access import Identity, Role
+from epmesh_server.certificates import Authority, directory_name
 from epmesh_server.coordinator import CoordinatorSettings
+from epmesh_server.node.runtime_dir import GRPC_SOCKET
 from epmesh_server.node.settings import DEFAULT_BUFFER_BYTES, NodeSettings
 from epmesh_server.processes import pickling
 from epmesh_server.processes.child import Child, answers, ask, end_all
@@ -77,6 +81,7 @@ class LocalMesh:
         exchange_timeout_s: float = 30.0,
         timeout_s: float = 30.0,
         curve: bool = False,
+        tls: bool = False,
     ) -> None:
         """Describes a mesh; ``with`` starts it.
 
@@ -96,6 +101,7 @@ class LocalMesh:
             exchange_timeout_s: how long a rank's calls wait for others.
             timeout_s: how long starting may take, and how long `run` waits for a view of the living ranks.
             curve: whether ZeroMQ connections are encrypted and admit known keys alone.
+            tls: whether the mesh is secured, with certificates that are made for it; clients use `LocalMesh.tls`.
         """
         if nodes < 1 or ranks_per_node < 1:
             raise InvalidRequest(f"a mesh of {nodes} nodes with {ranks_per_node} ranks each; both must be 1 or more")
@@ -117,6 +123,7 @@ class LocalMesh:
         self._buffer_bytes = buffer_bytes
         self._curve = curve
         self._timeout_s = timeout_s
+        self._secured = tls
         self._rank_settings = [
             RankSettings(
                 local_rank=rank % ranks_per_node,
@@ -333,7 +340,11 @@ class LocalMesh:
                 raise InvalidRequest("the coordinator is alive; kill it first")
             self._coordinator.close()
         settings = CoordinatorSettings(
-            host=HOST, port=self._ports[-1].number, data_dir=self._path("coordinator"), stride=self.ranks_per_node
+            host=HOST,
+            port=self._ports[-1].number,
+            data_dir=self._path("coordinator"),
+            stride=self.ranks_per_node,
+            tls=self._certificate(Identity(Role.COORDINATOR)),
         )
         self._coordinator = Child("coordinator", coordinator_main, settings)
         _bound(self._coordinator, time.monotonic() + self._timeout_s)
@@ -368,11 +379,16 @@ class LocalMesh:
             raise InvalidRequest("this LocalMesh is not started; use it in a with statement")
         return self._ports[-1].address
 
+    @property
+    def tls(self) -> TlsFiles | None:
+        """What a router or driver of this mesh shows itself with; `None` where it is not secured."""
+        return self._certificate(Identity(Role.DRIVER, "local"), Identity(Role.ROUTER, "local"))
+
     def view(self) -> View:
         """The newest view that a living node service knows."""
         address = self.address
         request = discovery_service_pb2.GetViewRequest()
-        with open_channel(address) as channel:
+        with open_channel(address, tls=self.tls) as channel:
             stub = discovery_service_pb2_grpc.DiscoveryServiceStub(channel)
             try:
                 return View.from_proto(stub.GetView(request, timeout=_VIEW_TIMEOUT_S).view)
@@ -384,6 +400,15 @@ class LocalMesh:
     def _path(self, name: str) -> Path:
         assert self._folder is not None
         return self._folder / name
+
+    def _certificate(self, *identities: Identity) -> TlsFiles | None:
+        """The certificate with these identities, made when first needed; `None` where the mesh is not secured."""
+        if not self._secured:
+            return None
+        folder = self._path("certificates")
+        authority = Authority.load(folder) if folder.exists() else Authority.make(folder)
+        directory = folder / directory_name(identities[0])
+        return TlsFiles.from_directory(directory) if directory.exists() else authority.issue(directory, identities)
 
     def _ranks_of(self, slot: int) -> range:
         return range(slot * self.ranks_per_node, (slot + 1) * self.ranks_per_node)
@@ -415,20 +440,33 @@ class LocalMesh:
             if not self._hosted:
                 child = Child(f"rank-{rank}", rank_main, settings)
             else:
-                child = start_hosted(rank, settings, self._address_of(rank), world_size, self._factory)
+                child = start_hosted(rank, settings, self._local_address_of(rank), world_size, self._factory)
             self._replace(self._rank_children, rank, child)
             if self._hosted and not self._factory:
                 self._replace(self._driver_children, rank, self._new_driver(rank))
 
     def _new_driver(self, rank: int) -> Child:
         settings = DriverSettings(
-            address=self._address_of(rank), rank=rank, transport=self._transport, timeout_s=self._timeout_s
+            address=self._address_of(rank),
+            rank=rank,
+            transport=self._transport,
+            timeout_s=self._timeout_s,
+            tls=self.tls,
         )
         return Child(f"driver-{rank}", rank_main, settings)
 
     def _address_of(self, rank: int) -> str:
         """host:port of the node service of a rank."""
         return self._ports[rank // self.ranks_per_node].address
+
+    def _local_address_of(self, rank: int) -> str:
+        """Where a rank joins: in a secured mesh at its node service's unix socket, which asks for no certificate."""
+        slot = rank // self.ranks_per_node
+        return f"{UNIX_PREFIX}{self._path(f'node-{slot}') / GRPC_SOCKET}" if self._secured else self._address_of(rank)
+
+    def _where_to_enter(self, rank: int) -> str:
+        """Where the worker of a rank comes in: a rank at its socket, a driver at the port."""
+        return self._address_of(rank) if self._hosted else self._local_address_of(rank)
 
     def _replace(self, children: dict[int, Child], key: int, child: Child) -> None:
         """Puts a new child in the place of a dead one."""
@@ -456,6 +494,7 @@ class LocalMesh:
             slot=slot,
             buffer_bytes=self._buffer_bytes,
             curve=self._curve,
+            tls=self._certificate(Identity(Role.NODE, f"node-{slot}")),
         )
 
     def _join(self, ranks: Sequence[int]) -> None:
@@ -471,7 +510,7 @@ class LocalMesh:
         world_size = len(self._living())
         workers = self._workers(children)
         for rank, child in workers.items():
-            child.send(Join(self._address_of(rank), world_size))
+            child.send(Join(self._where_to_enter(rank), world_size))
         joined = answers(workers)
         _raise_first(joined)
         dead = [rank for rank, answer in joined.items() if answer is None]

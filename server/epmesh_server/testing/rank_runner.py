@@ -58,6 +58,7 @@ class DriverSettings:
     address: str = ""
     transport: str | None = None
     timeout_s: float = 30.0
+    tls: epmesh.TlsFiles | None = None
 
     def enter(self, address: str, world_size: int, timeout_s: float) -> epmesh.Communicator:
         """Attaches at `address`, in a view of `world_size` ranks."""
@@ -68,6 +69,7 @@ class DriverSettings:
             world_size=world_size,
             timeout_s=timeout_s,
             driver=f"the driver of rank {self.rank} of a LocalMesh",
+            tls=self.tls,
         )
 
 

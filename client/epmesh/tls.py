@@ -1,0 +1,141 @@
+"""Mutual TLS: which files a process shows itself with, and under which names services show themselves.
+
+A certificate says who somebody is, not where: addresses change in containers, so a service is checked by a name that
+follows from its role or node id, whatever address was dialled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from epmesh.errors import InvalidRequest
+
+CA_NAME, CERTIFICATE_NAME, KEY_NAME = "ca.crt", "tls.crt", "tls.key"
+
+SERVICE_NAME = "service.epmesh"
+"""The DNS name that the certificate of every coordinator and node service has."""
+COORDINATOR_NAME = "coordinator.epmesh"
+NODE_NAME = "node.epmesh"
+
+_MAX_FILE_BYTES = 1 << 20
+_OTHERS = stat.S_IRWXO
+
+
+def node_name(node_id: str) -> str:
+    """The DNS name that only the certificate of the node `node_id` has; a hash, for ids may hold any character."""
+    return f"n-{hashlib.sha256(node_id.encode()).hexdigest()[:32]}.{NODE_NAME}"
+
+
+@dataclass(frozen=True)
+class TlsContents:
+    """What the files hold, PEM. `private_key` never shows in a text."""
+
+    ca: bytes
+    certificate: bytes
+    private_key: bytes
+
+    def __repr__(self) -> str:
+        return "TlsContents(...)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsFiles:
+    """The files that a process shows itself with, PEM; read anew for every connection, so that they may be replaced.
+
+    Attributes:
+        ca: certificates of the authorities that are believed, one or several.
+        certificate: this process's own, followed by what leads to the authority, if anything.
+        private_key: of `certificate`; others must not be able to read it.
+    """
+
+    ca: Path
+    certificate: Path
+    private_key: Path
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike[str]) -> TlsFiles:
+        """``ca.crt``, ``tls.crt`` and ``tls.key`` in `directory`, as `epmesh certs init` and Kubernetes name them.
+
+        Raises:
+            InvalidRequest: one is not there.
+        """
+        files = cls(
+            ca=Path(directory, CA_NAME),
+            certificate=Path(directory, CERTIFICATE_NAME),
+            private_key=Path(directory, KEY_NAME),
+        )
+        files.read()
+        return files
+
+    def read(self) -> TlsContents:
+        """What the files hold now.
+
+        Raises:
+            InvalidRequest: one cannot be read or is no PEM file, or everybody may read the private key.
+        """
+        mode = _mode(self.private_key)
+        if mode & _OTHERS:
+            raise InvalidRequest(
+                f"private key {self.private_key} has mode {mode:04o}, so every user here may use it; chmod 600 it"
+            )
+        return TlsContents(*map(_pem, (self.ca, self.certificate, self.private_key)))
+
+    @property
+    def stamp(self) -> tuple[tuple[int, int], ...]:
+        """Changes when one of the files does; of a file that is missing right now, zeros."""
+        return tuple(_stamp(path) for path in (self.ca, self.certificate, self.private_key))
+
+
+Tls = TlsFiles | str | os.PathLike[str]
+
+
+def tls_files(tls: Tls | None) -> TlsFiles | None:
+    """The files that a caller's ``tls=`` means: themselves, or those in a directory.
+
+    Raises:
+        InvalidRequest: it is something else, or they cannot be read.
+    """
+    if tls is None or isinstance(tls, TlsFiles):
+        return tls
+    if not isinstance(tls, str | os.PathLike):
+        raise InvalidRequest(
+            f"tls is {tls!r}; it must be a directory with {CA_NAME}, {CERTIFICATE_NAME} and {KEY_NAME}"
+        )
+    return TlsFiles.from_directory(tls)
+
+
+def _mode(path: Path) -> int:
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except OSError as exc:
+        raise _unreadable(path, exc) from exc
+
+
+def _pem(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as exc:
+        raise _unreadable(path, exc) from exc
+    if len(data) > _MAX_FILE_BYTES or b"-----BEGIN " not in data:
+        raise InvalidRequest(f"{path} is no PEM file")
+    return data
+
+
+def _unreadable(path: Path, error: OSError) -> InvalidRequest:
+    return InvalidRequest(
+        f"cannot read {path}: {error.strerror}; a TLS directory has {CA_NAME}, {CERTIFICATE_NAME} and {KEY_NAME}, "
+        "made by `epmesh certs init` for one"
+    )
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_ino

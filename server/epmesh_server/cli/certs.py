@@ -1,0 +1,72 @@
+"""`epmesh certs`: the certificates of a mesh, for people who have no authority of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from epmesh.errors import InvalidRequest
+from epmesh_server.access import CLIENT_ROLES, Identity, Role
+from epmesh_server.certificates import CA_KEY_NAME, DEFAULT_DAYS, Authority, directory_name
+
+app = typer.Typer(no_args_is_help=True, help="Make certificates: an authority, and one for everybody in a mesh.")
+DirectoryArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Where the set is, a directory for each.")]
+DaysOption = Annotated[int, typer.Option(min=1, help="For which they are valid.")]
+
+
+@app.command()
+def init(
+    directory: DirectoryArgument,
+    node: Annotated[list[str] | None, typer.Option(help="Id of a node (--node-id); give it again for more.")] = None,
+    driver: Annotated[list[str] | None, typer.Option(help="Name of a process that drives hosted ranks.")] = None,
+    router: Annotated[list[str] | None, typer.Option(help="Name of a router.")] = None,
+    observer: Annotated[list[str] | None, typer.Option(help="Name of a client that only looks on.")] = None,
+    days: DaysOption = DEFAULT_DAYS,
+) -> None:
+    """Make an authority, and certificates for a coordinator and for those named."""
+    named = ((Role.NODE, node), (Role.DRIVER, driver), (Role.ROUTER, router), (Role.OBSERVER, observer))
+    wanted = [Identity(Role.COORDINATOR), *(Identity(role, name) for role, names in named for name in names or ())]
+    for identity in wanted:
+        directory_name(identity)  # refuses odd names before anything is written
+    authority = Authority.make(directory)
+    _issue(authority, wanted, days, replace=False)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(
+        f"Keep {directory / CA_KEY_NAME} away from the services: who has it can be anybody. More certificates:"
+    )
+    console.print(f"  epmesh certs add {directory} --node NAME")
+
+
+@app.command()
+def add(
+    directory: DirectoryArgument,
+    node: Annotated[list[str] | None, typer.Option(help="Id of a node; give it again for more.")] = None,
+    driver: Annotated[list[str] | None, typer.Option(help="Name of a process that drives hosted ranks.")] = None,
+    router: Annotated[list[str] | None, typer.Option(help="Name of a router.")] = None,
+    observer: Annotated[list[str] | None, typer.Option(help="Name of a client that only looks on.")] = None,
+    coordinator: Annotated[bool, typer.Option("--coordinator", help="Another coordinator.")] = False,
+    days: DaysOption = DEFAULT_DAYS,
+    replace: Annotated[bool, typer.Option("--replace", help="Rotate: replace the files that are there.")] = False,
+) -> None:
+    """Make more certificates with the authority that is there, or replace old ones."""
+    named = ((Role.NODE, node), (Role.DRIVER, driver), (Role.ROUTER, router), (Role.OBSERVER, observer))
+    wanted = [Identity(role, name) for role, names in named for name in names or ()]
+    if coordinator:
+        wanted.append(Identity(Role.COORDINATOR))
+    if not wanted:
+        roles = ", ".join(f"--{role.value}" for role in (Role.COORDINATOR, Role.NODE, *CLIENT_ROLES))
+        raise InvalidRequest(f"say for whom: {roles}")
+    _issue(Authority.load(directory), wanted, days, replace=replace)
+
+
+def _issue(authority: Authority, wanted: Sequence[Identity], days: int, *, replace: bool) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    for identity in wanted:
+        place = authority.directory / directory_name(identity)
+        authority.issue(place, [identity], days=days, replace=replace)
+        option = "--tls-dir" if identity.role in (Role.COORDINATOR, Role.NODE) else "tls="
+        console.print(f"{place}: {identity}, for {days} days; {option} {place}")

@@ -1,0 +1,179 @@
+"""gRPC servers of TCP ports: with mutual TLS and a table of who may call what, or plain where nothing is configured."""
+
+from __future__ import annotations
+
+import datetime as dt
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeAlias, cast
+
+import grpc
+from cryptography import x509
+
+from epmesh.errors import InvalidRequest, Unauthenticated
+from epmesh.grpc_errors import abort
+from epmesh.tls import TlsContents, TlsFiles
+from epmesh_server.access import Access, Identity, Role, authorize, identities
+
+_log = logging.getLogger(__name__)
+_SAN_KEY = "x509_subject_alternative_name"
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+def make_server(options: Sequence[tuple[str, int]], tls: TlsFiles | None, access: Access) -> grpc.aio.Server:
+    """A server for a TCP port; with `tls` every call is checked against `access`."""
+    return grpc.aio.server(options=options, interceptors=[_Gate(access)] if tls is not None else [])
+
+
+def add_port(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
+    """Binds `address`; returns the port.
+
+    Raises:
+        RuntimeError: it cannot be bound.
+        InvalidRequest: the files of `tls` cannot be read.
+    """
+    if tls is None:
+        return server.add_insecure_port(address)
+    configurations = _Configurations(tls)
+    credentials = grpc.dynamic_ssl_server_credentials(
+        configurations.current,
+        configurations.newer,  # type: ignore[arg-type]  # None, says gRPC, where nothing changed
+        require_client_authentication=True,
+    )
+    return server.add_secure_port(address, credentials)
+
+
+def check_own_certificate(tls: TlsFiles, role: Role, name: str | None = None) -> str:
+    """Refuses to start with a certificate that others would refuse; returns the name it is for.
+
+    Args:
+        role: what this process is.
+        name: its node id; `None`: whichever the certificate has.
+
+    Raises:
+        InvalidRequest: it is of another role or name, or not valid now.
+    """
+    certificate = _parse(tls)
+    now = dt.datetime.now(dt.UTC)
+    first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if not first <= now <= last:
+        raise InvalidRequest(
+            f"{tls.certificate} is valid from {first} to {last}, and it is {now:%Y-%m-%d %H:%M:%S} UTC"
+        )
+    shown = identities(_uris(certificate))
+    names = [identity.name for identity in shown if identity.role is role]
+    if not names or (name is not None and name not in names):
+        wanted = Identity(role, name or "")
+        has = ", ".join(map(str, shown)) or "no role of a mesh"
+        raise InvalidRequest(f"{tls.certificate} is of {has}, and this is {wanted}; `epmesh certs` makes one")
+    return name or names[0]
+
+
+def caller_of(context: Context) -> tuple[Identity, ...] | None:
+    """Who calls, by its certificate; `None` where nothing authenticates callers: without TLS."""
+    shown = cast("dict[str, list[bytes]]", context.auth_context())
+    if b"ssl" not in shown.get("transport_security_type", ()):
+        return None
+    return identities(uri.decode(errors="replace") for uri in shown.get(_SAN_KEY, ()))
+
+
+class _Configurations:
+    """Certificates for new connections: read anew when a file changed, so that rotation needs no restart."""
+
+    def __init__(self, tls: TlsFiles) -> None:
+        self._tls = tls
+        self._stamp = tls.stamp
+        self.current = _configuration(tls.read())
+
+    def newer(self) -> grpc.ServerCertificateConfiguration | None:
+        """The configuration, if the files changed since; a set that cannot be read is left alone, and logged."""
+        stamp = self._tls.stamp
+        if stamp == self._stamp:
+            return None
+        try:
+            contents = self._tls.read()
+            _parse(self._tls)
+        except InvalidRequest as exc:
+            _log.warning("tls.failed: %s; connections go on with the certificate from before", exc)
+            return None
+        self._stamp = stamp
+        _log.info("tls.complete: %s was replaced", self._tls.certificate)
+        return _configuration(contents)
+
+
+class _Gate(grpc.aio.ServerInterceptor):
+    """Lets a call through to its handler if the caller's certificate may make it."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._gated: dict[str, _Handler] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        """The handler, with the check before it."""
+        method = str(handler_call_details.method)
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        gated = self._gated.get(method)
+        if gated is None:
+            gated = self._gated[method] = self._gate(method, handler)
+        return gated
+
+    def _gate(self, method: str, handler: _Handler) -> _Handler:
+        kinds = (
+            "stream" if several else "unary" for several in (handler.request_streaming, handler.response_streaming)
+        )
+        name = "_".join(kinds)
+        behaviour = getattr(handler, name)
+
+        async def check(context: Context) -> None:
+            try:
+                authorize(self._access, method, caller_of(context) or ())
+            except Unauthenticated as error:
+                _log.warning("access.refused: %s: %s", context.peer(), error)
+                await abort(context, error)
+
+        # gRPC tells the two kinds of handlers apart, so a handler that writes by itself must stay one.
+        if inspect.isasyncgenfunction(behaviour):
+
+            async def generate(request: Any, context: Context) -> AsyncIterator[Any]:
+                await check(context)
+                async for response in behaviour(request, context):
+                    yield response
+
+            gated: Any = generate
+        else:
+
+            async def call(request: Any, context: Context) -> Any:
+                await check(context)
+                return await behaviour(request, context)
+
+            gated = call
+        make = getattr(grpc, f"{name}_rpc_method_handler")
+        return cast("_Handler", make(gated, handler.request_deserializer, handler.response_serializer))
+
+
+def _configuration(contents: TlsContents) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(contents.private_key, contents.certificate)], contents.ca)
+
+
+def _parse(tls: TlsFiles) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificates(tls.read().certificate)[0]
+    except ValueError as exc:
+        raise InvalidRequest(f"{tls.certificate} is no certificate: {exc}") from exc
+
+
+def _uris(certificate: x509.Certificate) -> list[str]:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except (x509.ExtensionNotFound, ValueError):
+        return []
+    return names.value.get_values_for_type(x509.UniformResourceIdentifier)
