@@ -29,7 +29,12 @@ def main() -> None:
     try:
         mesh = parse_addresses(args.mesh.split(","), "--mesh") if args.mesh else ()
         options = ServiceOptions(
-            mesh=mesh, max_tokens=args.max_tokens, max_open=args.max_open, timeout_s=args.timeout, drain_s=args.drain
+            mesh=mesh,
+            max_tokens=args.max_tokens,
+            max_open=args.max_open,
+            timeout_s=args.timeout,
+            drain_s=args.drain,
+            tls_dir=args.tls_dir or None,
         )
         with _listen(args.host, args.port) as listener:
             serve(options, listener)
@@ -67,6 +72,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--host", default=env("ROUTER_HOST", "127.0.0.1"), help="or ROUTER_HOST")
     parser.add_argument("--port", type=int, default=int(env("ROUTER_PORT", "8080")), help="or ROUTER_PORT")
     parser.add_argument("--mesh", default=env("EPMESH_MESH", ""), metavar="HOST:PORT[,...]", help="or EPMESH_MESH")
+    parser.add_argument(
+        "--tls-dir", default=env("EPMESH_TLS_DIR", ""), help="or EPMESH_TLS_DIR: a router's certificate"
+    )
     parser.add_argument("--max-tokens", type=int, default=200, help="most tokens a request may ask for")
     parser.add_argument("--max-open", type=int, default=64, help="most requests under way at once")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds for a whole request")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 
 import epmesh
 from epmesh.view import RankMode, View
@@ -19,8 +20,8 @@ _NAMED_EXPERTS = 8
 class MeshWatch:
     """Follows the views of a mesh that may not be there yet: a name server that is late stops nobody."""
 
-    def __init__(self, addresses: Sequence[str], config: MoeConfig) -> None:
-        self._addresses, self._config = addresses, config
+    def __init__(self, addresses: Sequence[str], config: MoeConfig, tls_dir: str | None = None) -> None:
+        self._addresses, self._config, self._tls_dir = addresses, config, tls_dir
         self._mesh: epmesh.Mesh | None = None
         self._problem = "not connected yet"
 
@@ -60,7 +61,8 @@ class MeshWatch:
 
     async def _connect(self) -> None:
         while self._mesh is None:
-            trying = asyncio.create_task(asyncio.to_thread(epmesh.connect, self._addresses, timeout_s=_TRY_S))
+            connect = partial(epmesh.connect, self._addresses, timeout_s=_TRY_S, tls=self._tls_dir)
+            trying = asyncio.create_task(asyncio.to_thread(connect))
             try:
                 self._mesh = await asyncio.shield(trying)
             except asyncio.CancelledError:

@@ -19,6 +19,7 @@ class ServiceOptions:
         max_open: requests under way at once; one more is refused with 503 and Retry-After.
         timeout_s: for a whole request, waiting included.
         drain_s: how long requests under way may go on after SIGTERM.
+        tls_dir: directory with ``ca.crt``, ``tls.crt`` and ``tls.key`` of a router, where the mesh is secured.
     """
 
     mesh: tuple[str, ...]
@@ -27,11 +28,12 @@ class ServiceOptions:
     max_open: int = 64
     timeout_s: float = 30.0
     drain_s: float = 20.0
+    tls_dir: str | None = None
 
     def __post_init__(self) -> None:
         if not self.mesh:
             raise InvalidRequest("no mesh is named; give --mesh host:port[,host:port], or set EPMESH_MESH")
-        for name in (one.name for one in fields(self) if one.name != "mesh"):
+        for name in (one.name for one in fields(self) if one.type in ("int", "float")):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise InvalidRequest(f"{name} is {value}; it must be positive")

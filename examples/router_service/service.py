@@ -35,8 +35,8 @@ class TextService:
 
     def __init__(self, options: ServiceOptions) -> None:
         self._options = options
-        self._router = epmesh.AsyncRouter(options.mesh, timeout_s=options.timeout_s)
-        self._watch = MeshWatch(options.mesh, load_config())
+        self._router = epmesh.AsyncRouter(options.mesh, timeout_s=options.timeout_s, tls=options.tls_dir)
+        self._watch = MeshWatch(options.mesh, load_config(), options.tls_dir)
         self._generator = TextGenerator(self._router, NumpyModel.load(), load_tokenizer())
         self._open = 0
         self.metrics = ServiceMetrics(

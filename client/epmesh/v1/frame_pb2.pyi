@@ -59,8 +59,16 @@ class TensorMeta(_message.Message):
     shape: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class WaitedFor(_message.Message):
+    __slots__ = ("rank", "seconds")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    seconds: float
+    def __init__(self, rank: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class FrameHeader(_message.Message):
-    __slots__ = ("mesh_id", "epoch", "group_id", "sequence", "kind", "source", "incarnation", "link_sequence", "step", "deadline_ms", "tensors", "call", "error", "with_targets", "link")
+    __slots__ = ("mesh_id", "epoch", "group_id", "sequence", "kind", "source", "incarnation", "link_sequence", "step", "deadline_ms", "tensors", "call", "error", "with_targets", "link", "waited_for")
     MESH_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +84,7 @@ class FrameHeader(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     WITH_TARGETS_FIELD_NUMBER: _ClassVar[int]
     LINK_FIELD_NUMBER: _ClassVar[int]
+    WAITED_FOR_FIELD_NUMBER: _ClassVar[int]
     mesh_id: str
     epoch: int
     group_id: int
@@ -91,7 +100,8 @@ class FrameHeader(_message.Message):
     error: _error_pb2.Error
     with_targets: bool
     link: LinkState
-    def __init__(self, mesh_id: _Optional[str] = ..., epoch: _Optional[int] = ..., group_id: _Optional[int] = ..., sequence: _Optional[int] = ..., kind: _Optional[_Union[FrameKind, str]] = ..., source: _Optional[int] = ..., incarnation: _Optional[int] = ..., link_sequence: _Optional[int] = ..., step: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., call: _Optional[bytes] = ..., error: _Optional[_Union[_error_pb2.Error, _Mapping]] = ..., with_targets: bool = ..., link: _Optional[_Union[LinkState, _Mapping]] = ...) -> None: ...
+    waited_for: WaitedFor
+    def __init__(self, mesh_id: _Optional[str] = ..., epoch: _Optional[int] = ..., group_id: _Optional[int] = ..., sequence: _Optional[int] = ..., kind: _Optional[_Union[FrameKind, str]] = ..., source: _Optional[int] = ..., incarnation: _Optional[int] = ..., link_sequence: _Optional[int] = ..., step: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., call: _Optional[bytes] = ..., error: _Optional[_Union[_error_pb2.Error, _Mapping]] = ..., with_targets: bool = ..., link: _Optional[_Union[LinkState, _Mapping]] = ..., waited_for: _Optional[_Union[WaitedFor, _Mapping]] = ...) -> None: ...
 
 class CallDescriptor(_message.Message):
     __slots__ = ("method", "arguments", "tensors", "numbers", "refusal", "abandoned")

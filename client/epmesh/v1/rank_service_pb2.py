@@ -23,49 +23,62 @@ _sym_db = _symbol_database.Default()
 
 
 from epmesh.v1 import error_pb2 as epmesh_dot_v1_dot_error__pb2
+from epmesh.v1 import frame_pb2 as epmesh_dot_v1_dot_frame__pb2
 from epmesh.v1 import membership_service_pb2 as epmesh_dot_v1_dot_membership__service__pb2
 from epmesh.v1 import view_pb2 as epmesh_dot_v1_dot_view__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65pmesh/v1/rank_service.proto\x12\tepmesh.v1\x1a\x15\x65pmesh/v1/error.proto\x1a\"epmesh/v1/membership_service.proto\x1a\x14\x65pmesh/v1/view.proto\"\x15\n\x13\x44\x65scribeNodeRequest\"\xa2\x02\n\x14\x44\x65scribeNodeResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\x12\n\nregistered\x18\x04 \x01(\x08\x12\x0f\n\x07mesh_id\x18\x05 \x01(\t\x12\x13\n\x0bgrpc_socket\x18\x06 \x01(\t\x12\x19\n\x11\x64\x65scriptor_socket\x18\x07 \x01(\t\x12\x1b\n\x13\x63oordinator_address\x18\x08 \x01(\t\x12\x11\n\tlink_host\x18\t \x01(\t\x12\x0f\n\x07version\x18\n \x01(\t\x12\x1d\n\x15\x63oordinator_reachable\x18\x0b \x01(\x08\x12\r\n\x05\x63urve\x18\x0c \x01(\x08\x12\x12\n\nzap_socket\x18\r \x01(\t\"p\n\x08OpenRank\x12\x17\n\nlocal_rank\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12/\n\x0b\x64\x65\x63laration\x18\x03 \x01(\x0b\x32\x1a.epmesh.v1.RankDeclarationB\r\n\x0b_local_rank\"<\n\x10UnreachablePeers\x12(\n\x08\x66\x61ilures\x18\x01 \x03(\x0b\x32\x16.epmesh.v1.LinkFailure\"\x0b\n\tCloseRank\"G\n\nUpdateRank\x12!\n\x04mode\x18\x01 \x01(\x0e\x32\x13.epmesh.v1.RankMode\x12\x16\n\x0e\x66ront_endpoint\x18\x02 \x01(\t\"\xc7\x01\n\x12RankSessionRequest\x12#\n\x04open\x18\x01 \x01(\x0b\x32\x13.epmesh.v1.OpenRankH\x00\x12\x32\n\x0bunreachable\x18\x02 \x01(\x0b\x32\x1b.epmesh.v1.UnreachablePeersH\x00\x12%\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x14.epmesh.v1.CloseRankH\x00\x12\'\n\x06update\x18\x04 \x01(\x0b\x32\x15.epmesh.v1.UpdateRankH\x00\x42\x08\n\x06report\"=\n\nRankOpened\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x12\n\nlocal_rank\x18\x02 \x01(\r\x12\r\n\x05token\x18\x03 \x01(\x0c\"*\n\nClientKeys\x12\x0e\n\x06newest\x18\x01 \x01(\x04\x12\x0c\n\x04live\x18\x02 \x03(\x04\"\xba\x01\n\x13RankSessionResponse\x12\'\n\x06opened\x18\x01 \x01(\x0b\x32\x15.epmesh.v1.RankOpenedH\x00\x12\x1f\n\x04view\x18\x02 \x01(\x0b\x32\x0f.epmesh.v1.ViewH\x00\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x10.epmesh.v1.ErrorH\x00\x12,\n\x0b\x63lient_keys\x18\x04 \x01(\x0b\x32\x15.epmesh.v1.ClientKeysH\x00\x42\x08\n\x06notice\"\xf4\x01\n\x11\x44\x65scriptorRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12.\n\x0c\x63ontrol_page\x18\x02 \x01(\x0b\x32\x16.epmesh.v1.ControlPageH\x00\x12\x30\n\rgroup_buffers\x18\x03 \x01(\x0b\x32\x17.epmesh.v1.GroupBuffersH\x00\x12\x30\n\rserve_buffers\x18\x04 \x01(\x0b\x32\x17.epmesh.v1.ServeBuffersH\x00\x12\x32\n\x0e\x64river_buffers\x18\x05 \x01(\x0b\x32\x18.epmesh.v1.DriverBuffersH\x00\x42\x08\n\x06wanted\"\r\n\x0b\x43ontrolPage\":\n\x0cGroupBuffers\x12\x10\n\x08group_id\x18\x01 \x01(\r\x12\x18\n\x10membership_epoch\x18\x02 \x01(\x04\"(\n\x0cServeBuffers\x12\x18\n\x10membership_epoch\x18\x01 \x01(\x04\"%\n\rDriverBuffers\x12\x14\n\x0c\x64river_token\x18\x01 \x01(\x0c\"o\n\x12\x44\x65scriptorResponse\x12\x1f\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x10.epmesh.v1.Error\x12\r\n\x05ranks\x18\x02 \x03(\r\x12\x13\n\x0bmemfd_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cregion_bytes\x18\x04 \x01(\x04\x32\xb0\x01\n\x0bRankService\x12O\n\x0c\x44\x65scribeNode\x12\x1e.epmesh.v1.DescribeNodeRequest\x1a\x1f.epmesh.v1.DescribeNodeResponse\x12P\n\x0bRankSession\x12\x1d.epmesh.v1.RankSessionRequest\x1a\x1e.epmesh.v1.RankSessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65pmesh/v1/rank_service.proto\x12\tepmesh.v1\x1a\x15\x65pmesh/v1/error.proto\x1a\x15\x65pmesh/v1/frame.proto\x1a\"epmesh/v1/membership_service.proto\x1a\x14\x65pmesh/v1/view.proto\"\x15\n\x13\x44\x65scribeNodeRequest\"\xd0\x02\n\x14\x44\x65scribeNodeResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\x12\n\nregistered\x18\x04 \x01(\x08\x12\x0f\n\x07mesh_id\x18\x05 \x01(\t\x12\x13\n\x0bgrpc_socket\x18\x06 \x01(\t\x12\x19\n\x11\x64\x65scriptor_socket\x18\x07 \x01(\t\x12\x1b\n\x13\x63oordinator_address\x18\x08 \x01(\t\x12\x11\n\tlink_host\x18\t \x01(\t\x12\x0f\n\x07version\x18\n \x01(\t\x12\x1d\n\x15\x63oordinator_reachable\x18\x0b \x01(\x08\x12\r\n\x05\x63urve\x18\x0c \x01(\x08\x12\x12\n\nzap_socket\x18\r \x01(\t\x12,\n\x0crecent_waits\x18\x14 \x03(\x0b\x32\x16.epmesh.v1.RecentWaits\"W\n\x0bRecentWaits\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x10\n\x08window_s\x18\x02 \x01(\x01\x12(\n\nwaited_for\x18\x03 \x03(\x0b\x32\x14.epmesh.v1.WaitedFor\"p\n\x08OpenRank\x12\x17\n\nlocal_rank\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12/\n\x0b\x64\x65\x63laration\x18\x03 \x01(\x0b\x32\x1a.epmesh.v1.RankDeclarationB\r\n\x0b_local_rank\"<\n\x10UnreachablePeers\x12(\n\x08\x66\x61ilures\x18\x01 \x03(\x0b\x32\x16.epmesh.v1.LinkFailure\"\x0b\n\tCloseRank\"G\n\nUpdateRank\x12!\n\x04mode\x18\x01 \x01(\x0e\x32\x13.epmesh.v1.RankMode\x12\x16\n\x0e\x66ront_endpoint\x18\x02 \x01(\t\"*\n\tDurations\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\x04\x12\r\n\x05sum_s\x18\x02 \x01(\x01\"\xfc\x02\n\nGroupStats\x12\r\n\x05group\x18\x01 \x01(\t\x12(\n\ndispatches\x18\x02 \x01(\x0b\x32\x14.epmesh.v1.Durations\x12&\n\x08\x63ombines\x18\x03 \x01(\x0b\x32\x14.epmesh.v1.Durations\x12\x18\n\x10rows_sent_inside\x18\x04 \x01(\x04\x12\x1c\n\x14rows_received_inside\x18\x05 \x01(\x04\x12\x19\n\x11rows_sent_between\x18\x06 \x01(\x04\x12\x1d\n\x15rows_received_between\x18\x07 \x01(\x04\x12\x19\n\x11\x62ytes_sent_inside\x18\x08 \x01(\x04\x12\x1a\n\x12\x62ytes_sent_between\x18\t \x01(\x04\x12\x13\n\x0b\x66loor_bytes\x18\n \x01(\x04\x12(\n\nwaited_for\x18\x0b \x03(\x0b\x32\x14.epmesh.v1.WaitedFor\x12%\n\x06\x65rrors\x18\x0c \x03(\x0b\x32\x15.epmesh.v1.ErrorCount\"*\n\nErrorCount\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\"\xcd\x01\n\x0cServingStats\x12\x10\n\x08requests\x18\x01 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\x02 \x01(\x04\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x12\x11\n\texperts_s\x18\x04 \x01(\x01\x12\x11\n\tcancelled\x18\x05 \x01(\x04\x12\x12\n\noverloaded\x18\x06 \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\x07 \x01(\x04\x12\x15\n\ropen_requests\x18\x08 \x01(\x04\x12\x12\n\nopen_bytes\x18\t \x01(\x04\x12\x15\n\rfront_refused\x18\n \x01(\x04\"\xd8\x01\n\tRankStats\x12%\n\x06groups\x18\x01 \x03(\x0b\x32\x15.epmesh.v1.GroupStats\x12\x17\n\x0flink_bytes_sent\x18\x02 \x01(\x04\x12\x1b\n\x13link_bytes_received\x18\x03 \x01(\x04\x12\x16\n\x0e\x66rames_refused\x18\x04 \x01(\x04\x12\x17\n\x0fmessages_resent\x18\x05 \x01(\x04\x12\x13\n\x0binbox_bytes\x18\x06 \x01(\x04\x12(\n\x07serving\x18\x07 \x01(\x0b\x32\x17.epmesh.v1.ServingStats\"\xee\x01\n\x12RankSessionRequest\x12#\n\x04open\x18\x01 \x01(\x0b\x32\x13.epmesh.v1.OpenRankH\x00\x12\x32\n\x0bunreachable\x18\x02 \x01(\x0b\x32\x1b.epmesh.v1.UnreachablePeersH\x00\x12%\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x14.epmesh.v1.CloseRankH\x00\x12\'\n\x06update\x18\x04 \x01(\x0b\x32\x15.epmesh.v1.UpdateRankH\x00\x12%\n\x05stats\x18\n \x01(\x0b\x32\x14.epmesh.v1.RankStatsH\x00\x42\x08\n\x06report\"=\n\nRankOpened\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x12\n\nlocal_rank\x18\x02 \x01(\r\x12\r\n\x05token\x18\x03 \x01(\x0c\"*\n\nClientKeys\x12\x0e\n\x06newest\x18\x01 \x01(\x04\x12\x0c\n\x04live\x18\x02 \x03(\x04\"\xba\x01\n\x13RankSessionResponse\x12\'\n\x06opened\x18\x01 \x01(\x0b\x32\x15.epmesh.v1.RankOpenedH\x00\x12\x1f\n\x04view\x18\x02 \x01(\x0b\x32\x0f.epmesh.v1.ViewH\x00\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x10.epmesh.v1.ErrorH\x00\x12,\n\x0b\x63lient_keys\x18\x04 \x01(\x0b\x32\x15.epmesh.v1.ClientKeysH\x00\x42\x08\n\x06notice\"\xf4\x01\n\x11\x44\x65scriptorRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12.\n\x0c\x63ontrol_page\x18\x02 \x01(\x0b\x32\x16.epmesh.v1.ControlPageH\x00\x12\x30\n\rgroup_buffers\x18\x03 \x01(\x0b\x32\x17.epmesh.v1.GroupBuffersH\x00\x12\x30\n\rserve_buffers\x18\x04 \x01(\x0b\x32\x17.epmesh.v1.ServeBuffersH\x00\x12\x32\n\x0e\x64river_buffers\x18\x05 \x01(\x0b\x32\x18.epmesh.v1.DriverBuffersH\x00\x42\x08\n\x06wanted\"\r\n\x0b\x43ontrolPage\":\n\x0cGroupBuffers\x12\x10\n\x08group_id\x18\x01 \x01(\r\x12\x18\n\x10membership_epoch\x18\x02 \x01(\x04\"(\n\x0cServeBuffers\x12\x18\n\x10membership_epoch\x18\x01 \x01(\x04\"%\n\rDriverBuffers\x12\x14\n\x0c\x64river_token\x18\x01 \x01(\x0c\"o\n\x12\x44\x65scriptorResponse\x12\x1f\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x10.epmesh.v1.Error\x12\r\n\x05ranks\x18\x02 \x03(\r\x12\x13\n\x0bmemfd_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cregion_bytes\x18\x04 \x01(\x04\x32\xb0\x01\n\x0bRankService\x12O\n\x0c\x44\x65scribeNode\x12\x1e.epmesh.v1.DescribeNodeRequest\x1a\x1f.epmesh.v1.DescribeNodeResponse\x12P\n\x0bRankSession\x12\x1d.epmesh.v1.RankSessionRequest\x1a\x1e.epmesh.v1.RankSessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'epmesh.v1.rank_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DESCRIBENODEREQUEST']._serialized_start=124
-  _globals['_DESCRIBENODEREQUEST']._serialized_end=145
-  _globals['_DESCRIBENODERESPONSE']._serialized_start=148
-  _globals['_DESCRIBENODERESPONSE']._serialized_end=438
-  _globals['_OPENRANK']._serialized_start=440
-  _globals['_OPENRANK']._serialized_end=552
-  _globals['_UNREACHABLEPEERS']._serialized_start=554
-  _globals['_UNREACHABLEPEERS']._serialized_end=614
-  _globals['_CLOSERANK']._serialized_start=616
-  _globals['_CLOSERANK']._serialized_end=627
-  _globals['_UPDATERANK']._serialized_start=629
-  _globals['_UPDATERANK']._serialized_end=700
-  _globals['_RANKSESSIONREQUEST']._serialized_start=703
-  _globals['_RANKSESSIONREQUEST']._serialized_end=902
-  _globals['_RANKOPENED']._serialized_start=904
-  _globals['_RANKOPENED']._serialized_end=965
-  _globals['_CLIENTKEYS']._serialized_start=967
-  _globals['_CLIENTKEYS']._serialized_end=1009
-  _globals['_RANKSESSIONRESPONSE']._serialized_start=1012
-  _globals['_RANKSESSIONRESPONSE']._serialized_end=1198
-  _globals['_DESCRIPTORREQUEST']._serialized_start=1201
-  _globals['_DESCRIPTORREQUEST']._serialized_end=1445
-  _globals['_CONTROLPAGE']._serialized_start=1447
-  _globals['_CONTROLPAGE']._serialized_end=1460
-  _globals['_GROUPBUFFERS']._serialized_start=1462
-  _globals['_GROUPBUFFERS']._serialized_end=1520
-  _globals['_SERVEBUFFERS']._serialized_start=1522
-  _globals['_SERVEBUFFERS']._serialized_end=1562
-  _globals['_DRIVERBUFFERS']._serialized_start=1564
-  _globals['_DRIVERBUFFERS']._serialized_end=1601
-  _globals['_DESCRIPTORRESPONSE']._serialized_start=1603
-  _globals['_DESCRIPTORRESPONSE']._serialized_end=1714
-  _globals['_RANKSERVICE']._serialized_start=1717
-  _globals['_RANKSERVICE']._serialized_end=1893
+  _globals['_DESCRIBENODEREQUEST']._serialized_start=147
+  _globals['_DESCRIBENODEREQUEST']._serialized_end=168
+  _globals['_DESCRIBENODERESPONSE']._serialized_start=171
+  _globals['_DESCRIBENODERESPONSE']._serialized_end=507
+  _globals['_RECENTWAITS']._serialized_start=509
+  _globals['_RECENTWAITS']._serialized_end=596
+  _globals['_OPENRANK']._serialized_start=598
+  _globals['_OPENRANK']._serialized_end=710
+  _globals['_UNREACHABLEPEERS']._serialized_start=712
+  _globals['_UNREACHABLEPEERS']._serialized_end=772
+  _globals['_CLOSERANK']._serialized_start=774
+  _globals['_CLOSERANK']._serialized_end=785
+  _globals['_UPDATERANK']._serialized_start=787
+  _globals['_UPDATERANK']._serialized_end=858
+  _globals['_DURATIONS']._serialized_start=860
+  _globals['_DURATIONS']._serialized_end=902
+  _globals['_GROUPSTATS']._serialized_start=905
+  _globals['_GROUPSTATS']._serialized_end=1285
+  _globals['_ERRORCOUNT']._serialized_start=1287
+  _globals['_ERRORCOUNT']._serialized_end=1329
+  _globals['_SERVINGSTATS']._serialized_start=1332
+  _globals['_SERVINGSTATS']._serialized_end=1537
+  _globals['_RANKSTATS']._serialized_start=1540
+  _globals['_RANKSTATS']._serialized_end=1756
+  _globals['_RANKSESSIONREQUEST']._serialized_start=1759
+  _globals['_RANKSESSIONREQUEST']._serialized_end=1997
+  _globals['_RANKOPENED']._serialized_start=1999
+  _globals['_RANKOPENED']._serialized_end=2060
+  _globals['_CLIENTKEYS']._serialized_start=2062
+  _globals['_CLIENTKEYS']._serialized_end=2104
+  _globals['_RANKSESSIONRESPONSE']._serialized_start=2107
+  _globals['_RANKSESSIONRESPONSE']._serialized_end=2293
+  _globals['_DESCRIPTORREQUEST']._serialized_start=2296
+  _globals['_DESCRIPTORREQUEST']._serialized_end=2540
+  _globals['_CONTROLPAGE']._serialized_start=2542
+  _globals['_CONTROLPAGE']._serialized_end=2555
+  _globals['_GROUPBUFFERS']._serialized_start=2557
+  _globals['_GROUPBUFFERS']._serialized_end=2615
+  _globals['_SERVEBUFFERS']._serialized_start=2617
+  _globals['_SERVEBUFFERS']._serialized_end=2657
+  _globals['_DRIVERBUFFERS']._serialized_start=2659
+  _globals['_DRIVERBUFFERS']._serialized_end=2696
+  _globals['_DESCRIPTORRESPONSE']._serialized_start=2698
+  _globals['_DESCRIPTORRESPONSE']._serialized_end=2809
+  _globals['_RANKSERVICE']._serialized_start=2812
+  _globals['_RANKSERVICE']._serialized_end=2988
 # @@protoc_insertion_point(module_scope)

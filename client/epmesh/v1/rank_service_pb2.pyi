@@ -1,4 +1,5 @@
 from epmesh.v1 import error_pb2 as _error_pb2
+from epmesh.v1 import frame_pb2 as _frame_pb2
 from epmesh.v1 import membership_service_pb2 as _membership_service_pb2
 from epmesh.v1 import view_pb2 as _view_pb2
 from google.protobuf.internal import containers as _containers
@@ -14,7 +15,7 @@ class DescribeNodeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeNodeResponse(_message.Message):
-    __slots__ = ("node_id", "incarnation", "slot", "registered", "mesh_id", "grpc_socket", "descriptor_socket", "coordinator_address", "link_host", "version", "coordinator_reachable", "curve", "zap_socket")
+    __slots__ = ("node_id", "incarnation", "slot", "registered", "mesh_id", "grpc_socket", "descriptor_socket", "coordinator_address", "link_host", "version", "coordinator_reachable", "curve", "zap_socket", "recent_waits")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +29,7 @@ class DescribeNodeResponse(_message.Message):
     COORDINATOR_REACHABLE_FIELD_NUMBER: _ClassVar[int]
     CURVE_FIELD_NUMBER: _ClassVar[int]
     ZAP_SOCKET_FIELD_NUMBER: _ClassVar[int]
+    RECENT_WAITS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     incarnation: int
     slot: int
@@ -41,7 +43,18 @@ class DescribeNodeResponse(_message.Message):
     coordinator_reachable: bool
     curve: bool
     zap_socket: str
-    def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., slot: _Optional[int] = ..., registered: bool = ..., mesh_id: _Optional[str] = ..., grpc_socket: _Optional[str] = ..., descriptor_socket: _Optional[str] = ..., coordinator_address: _Optional[str] = ..., link_host: _Optional[str] = ..., version: _Optional[str] = ..., coordinator_reachable: bool = ..., curve: bool = ..., zap_socket: _Optional[str] = ...) -> None: ...
+    recent_waits: _containers.RepeatedCompositeFieldContainer[RecentWaits]
+    def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., slot: _Optional[int] = ..., registered: bool = ..., mesh_id: _Optional[str] = ..., grpc_socket: _Optional[str] = ..., descriptor_socket: _Optional[str] = ..., coordinator_address: _Optional[str] = ..., link_host: _Optional[str] = ..., version: _Optional[str] = ..., coordinator_reachable: bool = ..., curve: bool = ..., zap_socket: _Optional[str] = ..., recent_waits: _Optional[_Iterable[_Union[RecentWaits, _Mapping]]] = ...) -> None: ...
+
+class RecentWaits(_message.Message):
+    __slots__ = ("rank", "window_s", "waited_for")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_S_FIELD_NUMBER: _ClassVar[int]
+    WAITED_FOR_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    window_s: float
+    waited_for: _containers.RepeatedCompositeFieldContainer[_frame_pb2.WaitedFor]
+    def __init__(self, rank: _Optional[int] = ..., window_s: _Optional[float] = ..., waited_for: _Optional[_Iterable[_Union[_frame_pb2.WaitedFor, _Mapping]]] = ...) -> None: ...
 
 class OpenRank(_message.Message):
     __slots__ = ("local_rank", "pid", "declaration")
@@ -71,17 +84,105 @@ class UpdateRank(_message.Message):
     front_endpoint: str
     def __init__(self, mode: _Optional[_Union[_view_pb2.RankMode, str]] = ..., front_endpoint: _Optional[str] = ...) -> None: ...
 
+class Durations(_message.Message):
+    __slots__ = ("counts", "sum_s")
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SUM_S_FIELD_NUMBER: _ClassVar[int]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    sum_s: float
+    def __init__(self, counts: _Optional[_Iterable[int]] = ..., sum_s: _Optional[float] = ...) -> None: ...
+
+class GroupStats(_message.Message):
+    __slots__ = ("group", "dispatches", "combines", "rows_sent_inside", "rows_received_inside", "rows_sent_between", "rows_received_between", "bytes_sent_inside", "bytes_sent_between", "floor_bytes", "waited_for", "errors")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    DISPATCHES_FIELD_NUMBER: _ClassVar[int]
+    COMBINES_FIELD_NUMBER: _ClassVar[int]
+    ROWS_SENT_INSIDE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_RECEIVED_INSIDE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_SENT_BETWEEN_FIELD_NUMBER: _ClassVar[int]
+    ROWS_RECEIVED_BETWEEN_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_INSIDE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_BETWEEN_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WAITED_FOR_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    group: str
+    dispatches: Durations
+    combines: Durations
+    rows_sent_inside: int
+    rows_received_inside: int
+    rows_sent_between: int
+    rows_received_between: int
+    bytes_sent_inside: int
+    bytes_sent_between: int
+    floor_bytes: int
+    waited_for: _containers.RepeatedCompositeFieldContainer[_frame_pb2.WaitedFor]
+    errors: _containers.RepeatedCompositeFieldContainer[ErrorCount]
+    def __init__(self, group: _Optional[str] = ..., dispatches: _Optional[_Union[Durations, _Mapping]] = ..., combines: _Optional[_Union[Durations, _Mapping]] = ..., rows_sent_inside: _Optional[int] = ..., rows_received_inside: _Optional[int] = ..., rows_sent_between: _Optional[int] = ..., rows_received_between: _Optional[int] = ..., bytes_sent_inside: _Optional[int] = ..., bytes_sent_between: _Optional[int] = ..., floor_bytes: _Optional[int] = ..., waited_for: _Optional[_Iterable[_Union[_frame_pb2.WaitedFor, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[ErrorCount, _Mapping]]] = ...) -> None: ...
+
+class ErrorCount(_message.Message):
+    __slots__ = ("error", "count")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    error: str
+    count: int
+    def __init__(self, error: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+
+class ServingStats(_message.Message):
+    __slots__ = ("requests", "batches", "rows", "experts_s", "cancelled", "overloaded", "failures", "open_requests", "open_bytes", "front_refused")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_S_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_FIELD_NUMBER: _ClassVar[int]
+    OVERLOADED_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    OPEN_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    OPEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FRONT_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    requests: int
+    batches: int
+    rows: int
+    experts_s: float
+    cancelled: int
+    overloaded: int
+    failures: int
+    open_requests: int
+    open_bytes: int
+    front_refused: int
+    def __init__(self, requests: _Optional[int] = ..., batches: _Optional[int] = ..., rows: _Optional[int] = ..., experts_s: _Optional[float] = ..., cancelled: _Optional[int] = ..., overloaded: _Optional[int] = ..., failures: _Optional[int] = ..., open_requests: _Optional[int] = ..., open_bytes: _Optional[int] = ..., front_refused: _Optional[int] = ...) -> None: ...
+
+class RankStats(_message.Message):
+    __slots__ = ("groups", "link_bytes_sent", "link_bytes_received", "frames_refused", "messages_resent", "inbox_bytes", "serving")
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    LINK_BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    LINK_BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_RESENT_FIELD_NUMBER: _ClassVar[int]
+    INBOX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SERVING_FIELD_NUMBER: _ClassVar[int]
+    groups: _containers.RepeatedCompositeFieldContainer[GroupStats]
+    link_bytes_sent: int
+    link_bytes_received: int
+    frames_refused: int
+    messages_resent: int
+    inbox_bytes: int
+    serving: ServingStats
+    def __init__(self, groups: _Optional[_Iterable[_Union[GroupStats, _Mapping]]] = ..., link_bytes_sent: _Optional[int] = ..., link_bytes_received: _Optional[int] = ..., frames_refused: _Optional[int] = ..., messages_resent: _Optional[int] = ..., inbox_bytes: _Optional[int] = ..., serving: _Optional[_Union[ServingStats, _Mapping]] = ...) -> None: ...
+
 class RankSessionRequest(_message.Message):
-    __slots__ = ("open", "unreachable", "close", "update")
+    __slots__ = ("open", "unreachable", "close", "update", "stats")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     UNREACHABLE_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     UPDATE_FIELD_NUMBER: _ClassVar[int]
+    STATS_FIELD_NUMBER: _ClassVar[int]
     open: OpenRank
     unreachable: UnreachablePeers
     close: CloseRank
     update: UpdateRank
-    def __init__(self, open: _Optional[_Union[OpenRank, _Mapping]] = ..., unreachable: _Optional[_Union[UnreachablePeers, _Mapping]] = ..., close: _Optional[_Union[CloseRank, _Mapping]] = ..., update: _Optional[_Union[UpdateRank, _Mapping]] = ...) -> None: ...
+    stats: RankStats
+    def __init__(self, open: _Optional[_Union[OpenRank, _Mapping]] = ..., unreachable: _Optional[_Union[UnreachablePeers, _Mapping]] = ..., close: _Optional[_Union[CloseRank, _Mapping]] = ..., update: _Optional[_Union[UpdateRank, _Mapping]] = ..., stats: _Optional[_Union[RankStats, _Mapping]] = ...) -> None: ...
 
 class RankOpened(_message.Message):
     __slots__ = ("rank", "local_rank", "token")

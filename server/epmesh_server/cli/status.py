@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterable
+from functools import partial
 
 import grpc
 from rich.console import Console, Group, RenderableType
@@ -21,6 +22,7 @@ from epmesh.tls_refusals import explained
 from epmesh.v1 import discovery_service_pb2, discovery_service_pb2_grpc, rank_service_pb2, rank_service_pb2_grpc
 from epmesh.view import View
 from epmesh_server.cli.tables import view_as_dict, view_as_tables
+from epmesh_server.cli.waits import read_waits
 
 _TIMEOUT_S = 1.5
 _NO_LIMIT = 1_000_000  # columns
@@ -47,11 +49,12 @@ def show(address: str, *, as_json: bool, watch: bool, tls: TlsFiles | None = Non
 
 def _show_one(channel: grpc.Channel, address: str, tls: TlsFiles | None, *, as_json: bool) -> None:
     view = _get_view(discovery_service_pb2_grpc.DiscoveryServiceStub(channel), address, tls)
+    waits = read_waits(view, partial(open_channel, tls=tls), _TIMEOUT_S)
     if as_json:
-        _print_json([view])
+        print(json.dumps({**view_as_dict(view), "waits": waits.as_dict()}), flush=True)
     else:
         # A line that is wider than the terminal is the terminal's to wrap: then it is still one when it is copied.
-        _console().print(view_as_tables(view, _describe(channel)), crop=False)
+        _console().print(view_as_tables(view, _describe(channel), waits), crop=False)
 
 
 def _show_all(mesh: Mesh, *, as_json: bool) -> None:

@@ -14,6 +14,7 @@ from rich.text import Text
 from epmesh.placement import Placement
 from epmesh.v1 import rank_service_pb2
 from epmesh.view import NodeInfo, RankInfo, RankMode, View
+from epmesh_server.cli.waits import Waits
 
 _MAX_LAYERS_SHOWN = 4
 _NOTHING = "-"
@@ -50,13 +51,15 @@ def view_as_dict(view: View) -> dict[str, Any]:
     }
 
 
-def view_as_tables(view: View, node: rank_service_pb2.DescribeNodeResponse | None = None) -> RenderableType:
-    """The view for a terminal; `node` is the node service that was asked, where it was one."""
+def view_as_tables(
+    view: View, node: rank_service_pb2.DescribeNodeResponse | None = None, waits: Waits | None = None
+) -> RenderableType:
+    """The view for a terminal; `node` is the node service that was asked, where it was one; `waits` say who is slow."""
     head = Text.assemble(
         ("epoch ", "dim"), str(view.epoch), ("   nodes ", "dim"), str(len(view.nodes)), ("   ranks ", "dim"),
         str(len(view.ranks)), ("   stride ", "dim"), str(view.stride), ("   mesh ", "dim"), view.mesh_id,
     )  # fmt: skip
-    parts: list[RenderableType] = [head, _NoNarrower(_rank_table(view)), _group_table(view)]
+    parts: list[RenderableType] = [head, _NoNarrower(_rank_table(view, waits)), _group_table(view)]
     parts += [Text(line, style="bold red") for line in _warnings(view, node)]
     return Group(*parts)
 
@@ -90,7 +93,7 @@ class _NoNarrower:
         yield from console.render(self._table, options.update(width=max(options.max_width, least)))
 
 
-def _rank_table(view: View) -> Table:
+def _rank_table(view: View, waits: Waits | None) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("slot", justify="right", no_wrap=True, min_width=len("slot"))
     table.add_column("node", overflow="fold", min_width=6)
@@ -99,14 +102,18 @@ def _rank_table(view: View) -> Table:
     table.add_column("device", overflow="fold", min_width=len("device"))
     table.add_column("mode", overflow="fold", min_width=len("exchange"))
     _add_whole_column(table, "front", map(_front, view.ranks.values()))
+    if waits is not None:
+        table.add_column("waited for", justify="right", no_wrap=True, min_width=len("waited for"))
     table.add_column("experts", overflow="fold", min_width=len("experts"))
     for node in view.nodes:
         first = [str(node.slot), node.node_id, node.address]
         for info in node.ranks:
-            table.add_row(*first, str(info.rank), info.device, _mode(info), _front(info), _experts(view, info.rank))
+            told = [] if waits is None else [_share(waits, info.rank)]
+            cells = str(info.rank), info.device, _mode(info), _front(info), *told, _experts(view, info.rank)
+            table.add_row(*first, *cells)
             first = ["", "", ""]
         if not node.ranks:
-            table.add_row(*first, *[_NOTHING] * 5)
+            table.add_row(*first, *[_NOTHING] * (len(table.columns) - len(first)))
     return table
 
 
@@ -131,6 +138,12 @@ def _group_table(view: View) -> Table:
 
 def _front(info: RankInfo) -> str:
     return info.front_endpoint.removeprefix("tcp://") or _NOTHING
+
+
+def _share(waits: Waits, rank: int) -> str:
+    """The part of their time that the others waited for a rank; what rounds to nothing is nothing."""
+    percent = round(100 * waits.shares.get(rank, 0.0))
+    return f"{percent} %" if percent else _NOTHING
 
 
 def _mode(info: RankInfo) -> str:

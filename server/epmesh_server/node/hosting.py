@@ -14,6 +14,7 @@ from epmesh.v1 import rank_service_pb2
 from epmesh_server.node.follower import EpochFollower
 from epmesh_server.node.liveness import LivenessSettings, watch_process
 from epmesh_server.node.progress import Member
+from epmesh_server.node.rank_stats import StatsBook
 from epmesh_server.node.ranks import LocalRank, RankTable
 from epmesh_server.node.registration import Enrolment
 from epmesh_server.node.views import ViewBoard
@@ -36,6 +37,7 @@ class RankHosting:
         enrolment: Enrolment,
         liveness: LivenessSettings | None = None,
         pair: KeyPair | None = None,
+        stats: StatsBook | None = None,
     ) -> None:
         """Hosts nobody yet; `pair` is the node service's, where ranks use CURVE."""
         self._table = table
@@ -43,6 +45,7 @@ class RankHosting:
         self._board = board
         self._enrolment = enrolment
         self.on_links: Callable[[], None] = lambda: None
+        self._stats = stats or StatsBook()
         self._liveness = liveness or LivenessSettings()
         self._pair = pair
         self._probes: dict[LocalRank, asyncio.Task[None]] = {}
@@ -82,6 +85,11 @@ class RankHosting:
         except InvalidRequest as exc:
             self._remove(entry, exc)
 
+    def stats(self, entry: LocalRank, report: rank_service_pb2.RankStats) -> None:
+        """What the rank counted."""
+        if entry.error is None:
+            self._stats.take(entry, report)
+
     def left(self, entry: LocalRank) -> None:
         """The rank left in good order: its neighbours hear of it with the next view."""
         entry.left = True
@@ -119,6 +127,7 @@ class RankHosting:
     def _remove(self, entry: LocalRank, error: EpmeshError) -> bool:
         if not self._table.remove(entry, error):
             return False
+        self._stats.forget(entry)
         if entry.failures:
             entry.failures = ()
             self.on_links()

@@ -37,6 +37,9 @@ class RankHost(Protocol):
     def update(self, entry: LocalRank, request: wire.UpdateRank) -> None:
         """The rank has another mode or front endpoint."""
 
+    def stats(self, entry: LocalRank, report: wire.RankStats) -> None:
+        """What the rank counted."""
+
     def left(self, entry: LocalRank) -> None:
         """The rank left in good order."""
 
@@ -155,6 +158,8 @@ async def _read(host: RankHost, entry: LocalRank, requests: AsyncIterator[wire.R
             host.unreachable(entry, request.unreachable)
         elif report == "update":
             host.update(entry, request.update)
+        elif report == "stats":
+            host.stats(entry, request.stats)
         elif report == "close":
             host.left(entry)
             return

@@ -42,6 +42,7 @@ from epmesh_server.node.groups import Groups
 from epmesh_server.node.hosting import RankHosting
 from epmesh_server.node.key_authority import KeyAuthority
 from epmesh_server.node.rank_service import RankService
+from epmesh_server.node.rank_stats import StatsBook
 from epmesh_server.node.ranks import RankTable
 from epmesh_server.node.registration import Enrolment, Identity, Registration
 from epmesh_server.node.router_service import RouterService
@@ -107,7 +108,10 @@ class Node:
         self._store = KeyValueStore()
         self._pool = BufferPool(settings.region_bytes)
         self._follower = EpochFollower(self._table, self._board, self._store, self._pool)
-        self._hosting = RankHosting(self._table, self._follower, self._board, self._enrolment, pair=self._pair)
+        self._stats = StatsBook()
+        self._hosting = RankHosting(
+            self._table, self._follower, self._board, self._enrolment, pair=self._pair, stats=self._stats
+        )
         self._caller = FrontCaller()
         self._drivers = Drivers(
             self._table, self._board, self._enrolment, self._hosting.died, _DRIVER_REGIONS * settings.region_bytes
@@ -201,6 +205,7 @@ class Node:
             coordinator_reachable=self._link.connected,
             curve=self._settings.curve,
             zap_socket=str(self._directory / ZAP_SOCKET) if self._settings.curve else "",
+            recent_waits=self._stats.recent_waits(),
         )
 
     async def _listen_tcp(self) -> str:

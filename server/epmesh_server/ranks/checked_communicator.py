@@ -418,6 +418,9 @@ class CheckedCommunicator(Communicator):
             raise InvalidRequest(f"another thread is inside group {self.unique_name!r}; one at a time may be")
         try:
             yield
+        except EpmeshError as exc:
+            self._stats.raised(exc)
+            raise
         finally:
             self._busy.release()
 

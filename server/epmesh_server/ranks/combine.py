@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from epmesh_server.ranks.open_exchange import OpenExchange
 from epmesh_server.ranks.tensors import as_rows, dtype_name, from_bytes, meta_of, sum_rows
 
 _COMBINE = frame_pb2.FRAME_KIND_COMBINE
+_WORTH_TELLING_S = 0.0002
 
 
 class CombineStage:
@@ -79,6 +81,7 @@ class CombineStage:
         Raises:
             EpmeshError: the calls do not agree, or a member refused: the same on all members.
         """
+        self._kept_by, self._kept_s = -1, 0.0
         shown = self._await_neighbours()
         failed = verdict(shown)
         for source in self._exchange.relayed:
@@ -121,8 +124,10 @@ class CombineStage:
                 self._look_for_strays([p for p, shown in zip(self._topology.local, here, strict=True) if not shown])
             return bool(here.all())
 
+        before = dict(member.waits.by_rank)
         deadline = time.monotonic() + member.timeout_s
         member.wait_until(ready, self._exchange.sequence, deadline, late)
+        self._note_who_kept(before)
         known = {self._encoded: self._call}
         calls: dict[int, Call] = {}
         for position in self._topology.local:
@@ -131,6 +136,14 @@ class CombineStage:
                 known[encoded] = Call.FromString(encoded)
             calls[member.global_rank(position)] = known[encoded]
         return calls
+
+    def _note_who_kept(self, before: Mapping[int, float]) -> None:
+        """Which neighbour this rank waited for the longest: who waits for this rank on other nodes waits for that."""
+        waits = self._member.waits
+        for rank in map(self._member.global_rank, self._topology.local):
+            seconds = waits.of(rank) - before.get(rank, 0.0)
+            if seconds > self._kept_s:
+                self._kept_by, self._kept_s = rank, seconds
 
     def _node_sum(self, source: int, num_rows: int) -> torch.Tensor:
         """``[num_rows, hidden]``: this node's results for a source's rows, in rank order, rounded."""
@@ -215,6 +228,8 @@ class CombineStage:
     def _send_sums(self, source: int, shown: dict[int, Call], failed: EpmeshError | None) -> None:
         header = self._member.header(_COMBINE, self._exchange.sequence)
         header.call = shown[min(shown)].SerializeToString()
+        if self._kept_s > _WORTH_TELLING_S:
+            header.waited_for.rank, header.waited_for.seconds = self._kept_by, self._kept_s
         if failed is not None:
             header.error.CopyFrom(failed.to_proto())
             self._member.send(source, header)
@@ -231,6 +246,7 @@ class CombineStage:
         pending = list(topology.remote_slots)
         rails = {slot: topology.rail(topology.me, slot) for slot in pending}
         arrived: dict[int, Message] = {}
+        before = {slot: member.waits.of(member.global_rank(rail)) for slot, rail in rails.items()}
 
         def arrive(slot: int) -> bool:
             message = member.take(_COMBINE, self._exchange.sequence, topology.rail(topology.me, slot))
@@ -249,7 +265,15 @@ class CombineStage:
 
         deadline = time.monotonic() + member.timeout_s
         member.wait_until(ready, self._exchange.sequence, deadline, lambda: [rails[slot] for slot in pending])
+        for slot, message in arrived.items():
+            self._hand_on(member.global_rank(rails[slot]), before[slot], message.header)
         return arrived
+
+    def _hand_on(self, rail: int, before: float, header: frame_pb2.FrameHeader) -> None:
+        """A rail that was late for it waited itself says for whom."""
+        waits, told = self._member.waits, header.waited_for
+        if told.seconds > 0 and told.rank in self._member.view.ranks:
+            waits.hand_on(rail, told.rank, min(told.seconds, waits.of(rail) - before))
 
     def _agree(self, shown: dict[int, Call], failed: EpmeshError | None, messages: dict[int, Message]) -> None:
         """Raises the same error on all members: that of the lowest slot, or that nodes called differently."""

@@ -22,6 +22,7 @@ from epmesh_server.ranks.point_to_point import PointToPoint
 from epmesh_server.ranks.serving import ServeOptions
 from epmesh_server.ranks.serving_batch import BatchLimits
 from epmesh_server.ranks.serving_experts import Experts, ServeStats
+from epmesh_server.ranks.waits import WaitLedger
 
 if TYPE_CHECKING:
     from epmesh_server.ranks.rank import RankProcess
@@ -30,7 +31,11 @@ _READY_POLL_S = 0.05
 
 
 class JoinedCommunicator(CheckedCommunicator):
-    """One group of a rank that lives in this process. One thread at a time may be inside a group."""
+    """One group of a rank that lives in this process. One thread at a time may be inside a group.
+
+    Attributes:
+        waits: for whom this rank waited in the group.
+    """
 
     _collectives: Collectives
 
@@ -41,6 +46,7 @@ class JoinedCommunicator(CheckedCommunicator):
         self.max_tokens_per_rank = rank.max_tokens_per_rank
         self.load = rank.load
         self.global_rank = rank.session.rank
+        self.waits = WaitLedger()
         self._take_place(view)
 
     def _take_place(self, view: View) -> None:
@@ -51,6 +57,7 @@ class JoinedCommunicator(CheckedCommunicator):
             view,
             view.group(self.unique_name),
             self._rank_process.exchange_timeout_s,
+            self.waits,
         )
         exchange = self._exchange = self._new_exchange()
         self._collectives = Collectives(exchange)

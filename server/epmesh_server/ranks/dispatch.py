@@ -41,6 +41,7 @@ class DispatchStage:
         counts: after `assemble`, rows received by source position.
         passed_on: by source position, what came on this rank's rail.
         bytes_sent, floor_bytes: between nodes, handed to the sockets; least possible.
+        row_bytes: of one row of all tensors.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class DispatchStage:
         self._kept: list[Bytes] = []
         self.counts: list[int] = []
         self.bytes_sent = self.floor_bytes = 0
+        self.row_bytes = sum(self._widths)
 
     @staticmethod
     def check_room(layout: Layout, tensors: Sequence[torch.Tensor], member: GroupMember) -> None:

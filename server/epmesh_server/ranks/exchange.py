@@ -79,6 +79,21 @@ class Exchange(OpenExchanges[GroupMember]):
         """What a failure means: see `Guard`."""
         return Guard(self.member, sequence, method)
 
+    def count(self, stage: WayThere, layout: Layout | None, seconds: float) -> None:
+        """Adds a dispatch to the statistics, and its rows."""
+        super().count(stage, layout, seconds)
+        if layout is None or not isinstance(stage, DispatchStage):
+            return
+        topology, stats = self.member.topology, self.stats
+        neighbours = [position for position in topology.local if position != topology.me]
+        out = sum(len(layout.rows_to[position]) for position in neighbours)
+        came_inside = sum(stage.counts[position] for position in neighbours)
+        stats.inside.sent += out
+        stats.inside.received += came_inside
+        stats.inside_bytes += out * stage.row_bytes
+        stats.between.sent += sum(map(len, layout.rows_to_node.values()))
+        stats.between.received += sum(stage.counts) - came_inside - stage.counts[topology.me]
+
     def _way_there(self, sequence: int, tensors: Sequence[torch.Tensor], layout: Layout | None) -> WayThere:
         return DispatchStage(self.member, sequence, tensors, layout)
 

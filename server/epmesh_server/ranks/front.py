@@ -129,6 +129,11 @@ class Front:
         """Requests that were taken in and not answered yet."""
         return len(self._open)
 
+    @property
+    def open_bytes(self) -> int:
+        """Bytes of those."""
+        return self._open_bytes
+
     def identify(self, mesh_id: str, rank: int, incarnation: int) -> None:
         """Says whose front it is; requests for somebody else are refused. Before that all are `NotReady`."""
         self._who = (mesh_id, rank, incarnation)

@@ -27,6 +27,11 @@ class Inbox:
         self._bytes = 0
         self._lock = threading.Lock()  # one thread puts, for all groups; another takes
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors that wait here."""
+        return self._bytes
+
     def put(self, message: Message) -> bool:
         """Files a message; False where the budget is spent."""
         with self._lock:

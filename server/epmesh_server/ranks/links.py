@@ -62,6 +62,8 @@ class LinkHub:
         self.incarnation = incarnation
         self.bytes_sent = 0
         self.receipt_bytes = 0  # sent, besides
+        self.bytes_received = 0
+        self.resent = 0  # messages
         self.refused = 0
         self.unreachable: frozenset[Peer] = frozenset()
         self._on_unreachable = on_unreachable
@@ -143,6 +145,11 @@ class LinkHub:
         finally:
             self._receive_lock.release()
 
+    @property
+    def inbox_bytes(self) -> int:
+        """What came and was not asked for yet, of all groups."""
+        return sum(inbox.num_bytes for inbox in list(self._inboxes.values()))
+
     def wake_others(self, mine: Inbox) -> None:
         """Wakes the threads that wait in other groups."""
         for inbox in list(self._inboxes.values()):
@@ -222,6 +229,7 @@ class LinkHub:
                 frames = self._router.recv_multipart(flags=zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
+            self.bytes_received += sum(map(len, frames))
             try:
                 self._take_in(frames[0], decode([frame.buffer for frame in frames[1:]]), mine)
             except InvalidRequest as exc:
@@ -359,6 +367,7 @@ class LinkHub:
             return
         missing = tuple((each.first, each.last) for each in header.link.missing[:MAX_RANGES])
         mend = window.take(Report(header.link.acknowledged, missing, header.link.probe))
+        self.resent += len(mend.again)
         for frames in mend.again:
             self.bytes_sent += _size(frames)
             self._dealers[peer].send_multipart(frames, flags=zmq.NOBLOCK, copy=False)

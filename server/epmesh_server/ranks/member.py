@@ -21,6 +21,7 @@ from epmesh.view import GroupInfo, View
 from epmesh_server.ranks.buffers import GroupBuffers, stamp
 from epmesh_server.ranks.links import LinkHub
 from epmesh_server.ranks.session import RankSession
+from epmesh_server.ranks.waits import WaitLedger
 from epmesh_server.shared_memory import BufferLayout
 
 _log = logging.getLogger(__name__)
@@ -35,16 +36,26 @@ _BLAME_GRACE_S = 0.1  # a remote member names the late rank better than this one
 class GroupMember:
     """One rank in one group in one membership epoch; used by one thread at a time."""
 
-    def __init__(self, session: RankSession, hub: LinkHub, view: View, group: GroupInfo, timeout_s: float) -> None:
+    def __init__(
+        self,
+        session: RankSession,
+        hub: LinkHub,
+        view: View,
+        group: GroupInfo,
+        timeout_s: float,
+        waits: WaitLedger | None = None,
+    ) -> None:
         """Takes this rank's place in `group` as `view` has it.
 
         Args:
             timeout_s: how long a call waits for other ranks.
+            waits: to note in for whom this rank waits; it outlives changes of the set of ranks.
         """
         self.session = session
         self.hub = hub
         self.view = view
         self.timeout_s = timeout_s
+        self.waits = waits if waits is not None else WaitLedger()
         self.group_id = group.group_id
         self.name = group.name
         self.topology = Topology(
@@ -209,13 +220,16 @@ class GroupMember:
         """
         while not ready():
             self.check(sequence)
-            left = deadline - time.monotonic()
+            now = time.monotonic()
+            left, awaited = deadline - now, late()
             if left <= 0:
-                positions = sorted(late())
+                positions = sorted(awaited)
                 left += 0 if set(positions) & set(self.topology.local) else _BLAME_GRACE_S
                 if left <= 0:
                     raise self.give_up(sequence, positions)
+            kept_by = [self.global_rank(position) for position in awaited]
             self._sleep(min(left, poll_s))
+            self.waits.share(kept_by, time.monotonic() - now)
 
     def poll_links(self) -> None:
         """Takes in what has come, without waiting."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import logging
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -91,6 +92,29 @@ class WayBack(Protocol):
 
 AnyMember = TypeVar("AnyMember", bound=Member)
 
+BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+class Durations:
+    """How long calls took: how many by bucket, bounded above by `BUCKETS_S` and the last by nothing, and their sum."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS_S) + 1)
+        self.sum_s = 0.0
+
+    def add(self, seconds: float) -> None:
+        """One more."""
+        self.counts[bisect_left(BUCKETS_S, seconds)] += 1
+        self.sum_s += seconds
+
+
+@dataclass
+class RowCount:
+    """Rows that went out and came in."""
+
+    sent: int = 0
+    received: int = 0
+
 
 @dataclass
 class ExchangeStats:
@@ -98,13 +122,28 @@ class ExchangeStats:
 
     Attributes:
         floor_bytes: least possible bytes between nodes for what was sent: rows, ids and weights, once per (row, node).
+        inside, between: rows that went to, and came from, other ranks of the node and other nodes.
+        inside_bytes: of rows that this rank wrote into its neighbours' memory.
         dispatch_s, combine_s: durations of the latest calls, seconds.
+        dispatches, combines: durations of all.
+        errors: calls that raised, by the error's class.
     """
 
     bytes_sent: int = 0
     floor_bytes: int = 0
+    inside: RowCount = field(default_factory=RowCount)
+    between: RowCount = field(default_factory=RowCount)
+    inside_bytes: int = 0
     dispatch_s: deque[float] = field(default_factory=lambda: deque(maxlen=1024))
     combine_s: deque[float] = field(default_factory=lambda: deque(maxlen=1024))
+    dispatches: Durations = field(default_factory=Durations)
+    combines: Durations = field(default_factory=Durations)
+    errors: dict[str, int] = field(default_factory=dict)
+
+    def raised(self, error: EpmeshError) -> None:
+        """A call ended with an error."""
+        name = type(error).__name__
+        self.errors[name] = self.errors.get(name, 0) + 1
 
 
 @dataclass(frozen=True)
@@ -145,6 +184,7 @@ class OpenExchange(Handle):
         layout: where this rank's rows went; `None` where its input was refused.
         counts: rows received, by source position.
         relayed: by source position, what this rank passed on.
+        began: ``time.perf_counter()`` at the call that waits for the dispatch from its start on; 0 for a handle's.
     """
 
     def __init__(
@@ -156,6 +196,7 @@ class OpenExchange(Handle):
         self._sequence = stage.sequence
         self._received: tuple[Any, ...] = ()
         self._error: BaseException | None = None
+        self.began = 0.0
         self._slots: torch.Tensor | None = None  # static mode: where each received row is among the returned ones
         self._layout = layout
         self.slot = slot
@@ -192,7 +233,7 @@ class OpenExchange(Handle):
         stage, self._stage = self._stage, None
         if stage is None:
             return
-        started = time.perf_counter()
+        started = self.began or time.perf_counter()
         try:
             with self._owner.guard(self._sequence, self._request.method):
                 stage.wait()
@@ -207,7 +248,7 @@ class OpenExchange(Handle):
         if self._request.static_rows is not None:
             rows = self._spread(rows, self._request.static_rows)
         self._received = self._request.shape(rows)
-        self._owner.count(stage, time.perf_counter() - started)
+        self._owner.count(stage, self._layout, time.perf_counter() - started)
 
     def let_caller_go(self) -> None:
         """Lets the dispatch go on while its caller does something else, if the rows were not taken in yet."""
@@ -315,9 +356,9 @@ class OpenExchanges(abc.ABC, Generic[AnyMember]):
         self.release()
         started = time.perf_counter()
         exchange = self._start(request)
+        exchange.began = started
         self._last = exchange
         exchange.settle()
-        self.stats.dispatch_s[-1] = time.perf_counter() - started
         return exchange._received
 
     def start(self, request: Request) -> OpenExchange:
@@ -343,11 +384,12 @@ class OpenExchanges(abc.ABC, Generic[AnyMember]):
         if self._last is exchange:
             self._last = None
 
-    def count(self, stage: WayThere, seconds: float) -> None:
+    def count(self, stage: WayThere, layout: Layout | None, seconds: float) -> None:
         """Adds a dispatch to the statistics."""
         self.stats.bytes_sent += stage.bytes_sent
         self.stats.floor_bytes += stage.floor_bytes
         self.stats.dispatch_s.append(seconds)
+        self.stats.dispatches.add(seconds)
 
     def combine(
         self,
@@ -379,7 +421,9 @@ class OpenExchanges(abc.ABC, Generic[AnyMember]):
         self._close(exchange)
         self.stats.bytes_sent += stage.bytes_sent
         self.stats.floor_bytes += stage.floor_bytes
-        self.stats.combine_s.append(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.stats.combine_s.append(seconds)
+        self.stats.combines.add(seconds)
         return result if output is None else output.copy_(result)
 
     def combine_buffer(self, num_rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor | None:

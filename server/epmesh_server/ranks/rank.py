@@ -19,10 +19,12 @@ from epmesh.view import RankMode, View
 from epmesh_server.ranks.checked_communicator import Load
 from epmesh_server.ranks.communicator import JoinedCommunicator, new_communicator
 from epmesh_server.ranks.curve_door import CurveDoor
+from epmesh_server.ranks.front import Front
 from epmesh_server.ranks.links import LinkHub
 from epmesh_server.ranks.serving import ExpertServer, ServeOptions
 from epmesh_server.ranks.serving_experts import Experts, ServeStats
 from epmesh_server.ranks.session import RankSession
+from epmesh_server.ranks.stats_reporter import StatsReporter
 
 
 @dataclass
@@ -55,6 +57,7 @@ class RankProcess:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
+        self._reporter = StatsReporter(self)
         self.home = "ep" if self.mode is RankMode.EXCHANGE else "world"
 
     def become(self, mode: RankMode, front_endpoint: str) -> View:
@@ -99,6 +102,18 @@ class RankProcess:
         if server is not None:
             server.end()
 
+    @property
+    def front(self) -> Front | None:
+        """Where requests come in while it serves."""
+        server = self._server
+        return server.front if server is not None else None
+
+    @property
+    def communicators(self) -> dict[str, JoinedCommunicator]:
+        """Those that were asked for, by the names of their groups."""
+        with self._lock:
+            return dict(self._communicators)
+
     def is_in(self, view: View) -> bool:
         """Whether `view` has this rank, in this incarnation."""
         info = view.ranks.get(self.session.rank)
@@ -122,6 +137,7 @@ class RankProcess:
         for communicator in rest:
             communicator.destroy()
         if name == self.home:
+            self._reporter.close()
             self.session.close()  # first: peers need the links until a view is without this rank
             self.hub.close()
 
@@ -157,6 +173,7 @@ class RankProcess:
 
     def abandon(self) -> None:
         """Ends a rank that has no communicator yet."""
+        self._reporter.close()
         with contextlib.suppress(errors.EpmeshError):
             self.hub.close(linger_s=0)
             self.session.close()

@@ -67,6 +67,11 @@ class ExpertServer:
         self._ending = False
         self._thread = threading.current_thread()
 
+    @property
+    def front(self) -> Front:
+        """Where requests come in."""
+        return self._front
+
     def run(self, stop: Stop | None) -> None:
         """Serves until `stop` is set, then takes leave of the routers.
 

@@ -180,6 +180,10 @@ class RankSession:
                 )
         self._requests.put(rank_service_pb2.RankSessionRequest(unreachable=report))
 
+    def report_stats(self, stats: rank_service_pb2.RankStats) -> None:
+        """Tells the node service what this rank counted."""
+        self._requests.put(rank_service_pb2.RankSessionRequest(stats=stats))
+
     def update_rank(self, mode: RankMode, front_endpoint: str) -> None:
         """Has later views show this rank in `mode`, with `front_endpoint`; returns at once.
 
