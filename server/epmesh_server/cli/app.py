@@ -464,6 +464,12 @@ def doctor(
     insecure: Annotated[
         bool, typer.Option("--insecure", envvar="EPMESH_INSECURE", help="Allow a --host that others can reach.")
     ] = False,
+    tls_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="EPMESH_TLS_DIR", help="Directory with ca.crt, tls.crt and tls.key.", show_default="no TLS"
+        ),
+    ] = None,
     ranks: Annotated[int, typer.Option(envvar="EPMESH_RANKS", help="Ranks to run here.")] = 0,
     threads: Annotated[int, typer.Option(envvar="EPMESH_THREADS", help="Threads of torch in each rank.")] = 1,
     device: Annotated[
@@ -496,6 +502,7 @@ def doctor(
         runtime_dir=runtime_dir,
         data_dir=data_dir or beside,
         insecure=insecure,
+        tls_dir=tls_dir,
         ranks=ranks,
         threads=threads,
         device=device,

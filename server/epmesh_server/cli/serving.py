@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -126,6 +127,7 @@ def _log_local_errors(settings: NodeSettings, beside: CoordinatorOptions | None,
     asked = Asked(
         host=settings.host,
         port=settings.port,
+        node_id=settings.node_id or f"{socket.gethostname()}:{settings.port}",
         advertise=settings.advertise,
         coordinator=settings.coordinator if beside is None else None,
         runtime_dir=settings.runtime_dir,
@@ -134,6 +136,7 @@ def _log_local_errors(settings: NodeSettings, beside: CoordinatorOptions | None,
         ranks=hosted.count if hosted is not None else 0,
         device=hosted.device if hosted is not None else "cpu",
         insecure=settings.insecure,
+        tls_dir=None if settings.tls is None else settings.tls.certificate.parent,
     )
     for finding in local_errors(asked):
         _log.error("%s: %s. %s Mend: %s", finding.cause, finding.seen, finding.why, finding.mend)

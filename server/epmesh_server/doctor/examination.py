@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from epmesh.errors import InvalidRequest
+from epmesh.tls import tls_files
 from epmesh_server.doctor.checks.addresses import check_addresses, check_given
+from epmesh_server.doctor.checks.certificates import check_certificates
 from epmesh_server.doctor.checks.directories import check_directories
 from epmesh_server.doctor.checks.gpu import check_gpus
 from epmesh_server.doctor.checks.host import check_host
@@ -15,6 +17,7 @@ from epmesh_server.doctor.checks.ports import check_ports
 from epmesh_server.doctor.checks.services import check_services
 from epmesh_server.doctor.facts import Asked, Facts
 from epmesh_server.doctor.findings import Finding, Severity, error, warning
+from epmesh_server.doctor.probes.certificates import look_at_certificates
 from epmesh_server.doctor.probes.directories import look_at_directories
 from epmesh_server.doctor.probes.gpu import look_at_gpus
 from epmesh_server.doctor.probes.host import look_at_host
@@ -32,12 +35,13 @@ _CHECKS: tuple[Check, ...] = (
     check_addresses,
     check_ports,
     check_services,
+    check_certificates,
     check_limits,
     check_directories,
     check_host,
     check_gpus,
 )
-_LOCAL_CHECKS: tuple[Check, ...] = (check_given, check_limits, check_directories)
+_LOCAL_CHECKS: tuple[Check, ...] = (check_given, check_limits, check_directories, check_certificates)
 
 
 def find_out(asked: Asked) -> Facts:
@@ -49,6 +53,8 @@ def find_out(asked: Asked) -> Facts:
         "directories": lambda: look_at_directories(asked),
         "host": look_at_host,
     }
+    if (tls_dir := asked.tls_dir) is not None:
+        probes["certificates"] = lambda: look_at_certificates(tls_dir)
     if asked.on_gpu:
         probes["gpu"] = look_at_gpus
     found, missing = run_together(probes, WITHIN_S)
@@ -66,7 +72,8 @@ def judge(asked: Asked, facts: Facts) -> tuple[Finding, ...]:
 
 def local_errors(asked: Asked) -> tuple[Finding, ...]:
     """Errors that a look at this process alone shows, in a few milliseconds: for the log of a service that starts."""
-    facts = Facts(limits=look_at_limits(), directories=look_at_directories(asked))
+    certificates = None if asked.tls_dir is None else look_at_certificates(asked.tls_dir)
+    facts = Facts(limits=look_at_limits(), directories=look_at_directories(asked), certificates=certificates)
     found = [finding for check in _LOCAL_CHECKS for finding in check(asked, facts)]
     return tuple(finding for finding in found if finding.severity is Severity.ERROR)
 
@@ -90,6 +97,10 @@ def _general(facts: Facts) -> Iterator[Finding]:
 def _refused(asked: Asked) -> str:
     """Why the node service would refuse its options."""
     try:
+        tls = tls_files(asked.tls_dir)
+    except InvalidRequest:
+        return ""  # the checks of certificates say it
+    try:
         NodeSettings(
             host=asked.host,
             port=asked.port,
@@ -99,6 +110,7 @@ def _refused(asked: Asked) -> str:
             buffer_bytes=asked.buffer_bytes,
             advertise=asked.advertise,
             link_host=asked.link_host,
+            tls=tls,
             insecure=asked.insecure,
         )
     except InvalidRequest as exc:

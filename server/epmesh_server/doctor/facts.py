@@ -20,6 +20,7 @@ class Asked:
         runtime_dir: `None`: a fresh directory under the temporary one.
         data_dir: where a coordinator beside the node keeps its log; `None`: there is none beside it.
         ranks: hosted ranks.
+        tls_dir: where the certificates of this node are; `None`: there is no TLS.
     """
 
     host: str = "127.0.0.1"
@@ -37,6 +38,7 @@ class Asked:
     threads: int = 1
     device: str = "cpu"
     insecure: bool = False
+    tls_dir: Path | None = None
 
     @property
     def coordinator_address(self) -> str:
@@ -194,6 +196,7 @@ class Kind(enum.Enum):
     COORDINATOR = "coordinator"
     STRANGER = "something else"
     MUTE = "something that does not answer"
+    UNTRUSTED = "somebody who does not talk to this host, or to whom it does not talk"
     NOBODY = "nobody"
 
 
@@ -219,6 +222,8 @@ class Service:
         clock_error_s: how far that may be wrong.
         node_id, incarnation, coordinator_address, registered, coordinator_reachable: of a node service.
         nodes: of its view.
+        tls_refusal: what TLS minds, on either side; empty where it minds nothing.
+        role_refusal: why the caller's certificate may not ask; empty where it may.
     """
 
     address: str
@@ -236,6 +241,8 @@ class Service:
     coordinator_reachable: bool = False
     epoch: int = 0
     nodes: tuple[NodeSeen, ...] = ()
+    tls_refusal: str = ""
+    role_refusal: str = ""
 
     @property
     def on_loopback(self) -> bool:
@@ -279,6 +286,26 @@ class MeshFacts:
     node: Service | None = None
     here: Service | None = None
     endpoints: tuple[Endpoint, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertificateFacts:
+    """What is in the TLS directory.
+
+    Attributes:
+        problem: why the files cannot be used; empty where they can.
+        doubt: "expired", "early" or "untrusted", where a peer with the same authority would not believe them.
+        doubt_text: what it would say.
+        seconds_left: until the certificate ends.
+        names: all that it is for.
+    """
+
+    directory: Path
+    problem: str = ""
+    doubt: str = ""
+    doubt_text: str = ""
+    seconds_left: float = 0.0
+    names: tuple[str, ...] = ()
 
 
 # This host -------------------------------------------------------------------------------------------------------
@@ -405,6 +432,7 @@ class Facts:
 
     Attributes:
         gpu: `None` where no rank uses one.
+        certificates: `None` where there is no TLS directory.
         refused: why the options themselves would be refused; empty where they would not.
         unanswered: probes that did not end in time, by name.
     """
@@ -415,5 +443,6 @@ class Facts:
     directories: tuple[Directory, ...] | None = None
     host: HostFacts | None = None
     gpu: GpuFacts | None = None
+    certificates: CertificateFacts | None = None
     refused: str = ""
     unanswered: Mapping[str, str] = field(default_factory=dict)

@@ -8,11 +8,14 @@ from typing import Any
 
 import grpc
 
-from epmesh.addresses import split_address
+from epmesh.addresses import join_address, split_address
 from epmesh.channels import ONE_TRY_OPTIONS, open_channel
+from epmesh.tls import TlsFiles
+from epmesh.tls_refusals import why_refused
 from epmesh.v1 import discovery_service_pb2, discovery_service_pb2_grpc, rank_service_pb2, rank_service_pb2_grpc
 from epmesh.v1.view_pb2 import View
 from epmesh_server.doctor.facts import Asked, Endpoint, Kind, Lookup, MeshFacts, NodeSeen, Service
+from epmesh_server.doctor.probes.certificates import look_at_certificates
 from epmesh_server.doctor.probes.dialling import dial_all
 from epmesh_server.doctor.probes.names import look_up
 from epmesh_server.doctor.probes.together import run_together
@@ -29,8 +32,9 @@ def look_at_mesh(asked: Asked) -> MeshFacts:
         wanted["here"] = _address_here(asked)
     if asked.node is not None:
         wanted["node"] = asked.node
+    tls = _files(asked)
     found, _ = run_together(
-        {role: lambda address=address: ask(address) for role, address in wanted.items()},  # type: ignore[misc]
+        {role: lambda address=address: ask(address, tls) for role, address in wanted.items()},  # type: ignore[misc]
         _NAME_WITHIN_S + _DIAL_WITHIN_S + _CALL_WITHIN_S,
     )
     views = [view for _, view in found.values() if view is not None]
@@ -50,7 +54,7 @@ def look_at_mesh(asked: Asked) -> MeshFacts:
     )
 
 
-def ask(address: str) -> tuple[Service, View | None]:
+def ask(address: str, tls: TlsFiles | None) -> tuple[Service, View | None]:
     """Looks the address up, dials all it stands for, and asks who is there; with the view, where there is one."""
     host, port = split_address(address, "address")
     lookup = look_up(host.strip("[]"), _NAME_WITHIN_S)
@@ -58,8 +62,21 @@ def ask(address: str) -> tuple[Service, View | None]:
     service = Service(address=address, lookup=lookup, dials=dials)
     if not service.opened:
         return service, None
-    with open_channel(address, ONE_TRY_OPTIONS) as channel:
-        return _ask(channel, service)
+    with open_channel(address, ONE_TRY_OPTIONS, tls=tls) as channel:
+        service, view = _ask(channel, service)
+    if service.kind in (Kind.STRANGER, Kind.MUTE):
+        reason = why_refused(join_address(service.opened[0].address, port), tls)
+        if reason is not None:
+            service = replace(service, kind=Kind.UNTRUSTED, tls_refusal=reason)
+    return service, view
+
+
+def _files(asked: Asked) -> TlsFiles | None:
+    """This node's; `None` also where they cannot be used, which is a finding of its own."""
+    if asked.tls_dir is None:
+        return None
+    certificates = look_at_certificates(asked.tls_dir)
+    return None if certificates.problem else TlsFiles.from_directory(asked.tls_dir)
 
 
 def _ask(channel: grpc.Channel, service: Service) -> tuple[Service, View | None]:
@@ -107,6 +124,8 @@ def _with_kind(channel: grpc.Channel, service: Service) -> Service:
 
 
 def _unanswered(service: Service, error: grpc.RpcError) -> Service:
+    if _code(error) in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return replace(service, kind=Kind.UNTRUSTED, role_refusal=_text(error))
     late = _code(error) is grpc.StatusCode.DEADLINE_EXCEEDED
     return replace(service, kind=Kind.MUTE if late else Kind.STRANGER, problem=_text(error))
 
