@@ -87,15 +87,8 @@ class KernelRanks:
                     sent[me] = lane.dispatch(
                         rows[me], signature, stamp=stamp, refused=me == refused, phases=phases, sent=sent[me]
                     )
-        self.index(sent, stamp)
-        return sent
-
-    def index(self, sent: Sequence[Any], stamp: int) -> None:
-        """Once all have launched: loading a kernel may wait for kernels that wait for ranks still to come."""
-        for me, each in enumerate(sent):
-            with self.on(me):
-                self.lanes[me].index_rows(each, stamp)
         self.wait()
+        return sent
 
     def take(self, rows: Sequence[Any], sent: Sequence[Any], stamp: int) -> list[list[torch.Tensor]]:
         """The received rows of all ranks."""

@@ -222,8 +222,8 @@ def test_a_rank_that_does_not_come_is_named_when_time_is_up() -> None:
     ranks, each = KernelRanks(2, DEVICE, limit_s=SHORT_S), case(2)
     rows, stamp = ranks.rows([each.rows(position) for position in range(2)], linear(2)), ranks.next_stamp()
     with ranks.on(0):
-        sent = ranks.lanes[0].dispatch(rows[0], 1, stamp=stamp)
-    ranks.index([sent], stamp)
+        ranks.lanes[0].dispatch(rows[0], 1, stamp=stamp)
+    ranks.wait()
     assert ranks.lanes[0].outcome(stamp) == (True, Report(1, Code.LATE, 0))
     check_exact(ranks, replace(each, seed=3), linear(2))  # stamps differ, so nothing of the failed one is taken
 
@@ -233,8 +233,8 @@ def test_the_hosts_abort_word_ends_a_wait_long_before_its_limit() -> None:
     rows, stamp = ranks.rows([each.rows(position) for position in range(2)], linear(2)), ranks.next_stamp()
     ranks.lanes[0].abort(stamp)
     with ranks.on(0):
-        sent = ranks.lanes[0].dispatch(rows[0], 1, stamp=stamp)
-    ranks.index([sent], stamp)
+        ranks.lanes[0].dispatch(rows[0], 1, stamp=stamp)
+    ranks.wait()
     assert ranks.lanes[0].outcome(stamp) == (True, Report(1, Code.ABORTED, 0))
 
 

@@ -28,10 +28,13 @@ REPORT = tl.constexpr(1)
 TURN = tl.constexpr(2)  # of each turn: how it ended, then the counts by source
 WORST = tl.constexpr(0)  # of the dispatch under way, in exact mode
 WORST_SHOWN = tl.constexpr(1)  # of everything whose outcome the host does not wait for
+ARRIVED = tl.constexpr(4)  # programs of the dispatch under way that awaited everything, in exact mode
 BROKEN = tl.constexpr(2)  # counting: number of the dispatch, then of the combine, in which something went wrong
 COUNTERS = tl.constexpr(8)
 
 TURNS = tl.constexpr(3)
+OFFSET_UNIT = tl.constexpr(128)
+INDEX_BLOCK = tl.constexpr(1024)
 POLLS = tl.constexpr(64)  # between two looks at the clock and the abort word
 
 
@@ -211,52 +214,104 @@ def _targets(
     return number, target, replicated, code, tl.where(code == BAD_ID, worst_bad, worst_gone)
 
 
+@triton.jit
+def _index(
+    own,
+    words,
+    local,
+    tokens,
+    positions,
+    origins,
+    stamp,
+    num_rows,
+    heads_at,
+    recv_at,
+    region_stride,
+    PROGRAMS,
+    WORLD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Exact mode, by one program: numbers the received rows, and tells the host their counts and what went wrong."""
+    turn = (stamp % TURNS).to(tl.int32)
+    shown = _words(words) + TURN + turn * (1 + WORLD)
+    worst = tl.atomic_xchg(_words(local) + WORST, _wide(0))
+    total = turn * 0
+    for source in tl.static_range(WORLD):
+        index = (turn * WORLD + source).to(tl.int64)
+        region = _halves(own + recv_at + index * region_stride)
+        rows = tl.load(_halves(own + heads_at + index * PROGRAMS * 16))
+        rows = tl.where(worst == 0, rows, 0)
+        before = total
+        for start in range(0, rows, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            here = tl.load(region + row, mask=row < rows, other=0)
+            place = total + tl.cumsum(here, axis=0) - 1
+            tl.store(_halves(positions) + source * num_rows + row, tl.where(here != 0, place, -1), mask=row < rows)
+            tl.store(_halves(origins) + place, source * num_rows + row, mask=(here != 0) & (row < rows))
+            total += tl.sum(here, axis=0)
+        tl.store(_halves(tokens) + source, rows)
+        count = (total - before).to(tl.int64)
+        tl.store(shown + 1 + source, (stamp & 0xFFFFFFFF) << 32 | count)
+    # The host looks at this word first: the counts must be there when it is.
+    tl.debug_barrier()
+    tl.atomic_xchg(shown, (stamp & 0x7FFFFF) << 40 | worst, sem="release", scope="sys")
+
+
+# Sizes and places are arguments, and none is specialized: one variant serves whatever is moved in the same units among
+# as many ranks, so that it can be compiled before it is needed. The types keep small values from making other variants.
 @triton.jit(
-    do_not_specialize=["num_tokens", "stamp", "signature", "refusal", "limit", "first_turn", "num_experts", "me"]
+    do_not_specialize=[
+        *["sources", "outputs", "bases", "offsets", "own", "words", "local", "table", "turns", "hits_out", "positions"],
+        *["tokens_out", "origins", "num_tokens", "stamp", "signature", "refusal", "limit", "first_turn", "num_experts"],
+        *["me", "eligible", "rows", "flags_at", "heads_at", "recv_at", "region_stride"],
+    ]
 )
 def dispatch(
     sources,  # addresses of the row tensors; the third one has the ids
     outputs,  # static mode: addresses of what is returned
     bases,  # every rank's arena
+    offsets,  # of each tensor's rows in a region, in units of `OFFSET_UNIT` bytes
     own,  # this rank's arena
     words,
     local,
     table,  # [num_experts, 2 + CHOICES] int32: candidates, whether there are replicas, the candidates
     turns,  # [num_tokens, TOPK] int32: how many equal ids stand before each, where there are replicas
     hits_out,  # [num_tokens] int32: bit r: the row went to rank r
-    positions,  # static mode: [WORLD * STATIC_ROWS] int32: where a row stands among those returned, -1: nowhere
-    num_tokens,
-    stamp,  # counted: the stamp before the first
-    signature,
-    refusal,  # 0, or the code of why this rank puts nothing
-    limit,
-    first_turn,
-    num_experts,
-    me,
+    positions,  # [WORLD * rows] int32, written: where a row stands among those returned, -1: nowhere
+    tokens_out,  # exact mode: [WORLD] int32, written: rows of each source
+    origins,  # exact mode: [WORLD * rows] int32, written: for each received row, source * rows + row
+    num_tokens: tl.int32,
+    stamp: tl.int64,  # counted: the stamp before the first
+    signature: tl.int32,
+    refusal: tl.int32,  # 0, or the code of why this rank puts nothing
+    limit: tl.int64,
+    first_turn: tl.int32,
+    num_experts: tl.int32,
+    me: tl.int32,
+    eligible: tl.int32,  # without a table: bit r: rows go to rank r
+    rows: tl.int32,  # row numbers of a source; in static mode that many are returned
+    flags_at: tl.int64,
+    heads_at: tl.int64,
+    recv_at: tl.int64,
+    region_stride: tl.int64,
     WIDTHS: tl.constexpr,
     UNITS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    OFFSETS: tl.constexpr,
     NUM: tl.constexpr,
     ROUTED: tl.constexpr,
-    ELIGIBLE: tl.constexpr,
     CHOICES: tl.constexpr,
     TOPK: tl.constexpr,
     PAD: tl.constexpr,
     IDS: tl.constexpr,
     FILLS: tl.constexpr,
     WORLD: tl.constexpr,
-    FLAGS_AT: tl.constexpr,
-    HEADS_AT: tl.constexpr,
-    RECV_AT: tl.constexpr,
-    REGION: tl.constexpr,
-    STATIC_ROWS: tl.constexpr,
+    STATIC: tl.constexpr,
     COUNTED: tl.constexpr,
     PUT: tl.constexpr,
     TAKE: tl.constexpr,
     CLOCK: tl.constexpr,
 ):
-    """Puts this rank's rows and awaits everybody's; in static mode copies them out."""
+    """Puts this rank's rows and awaits everybody's; in static mode copies them out, in exact mode numbers them."""
     p = tl.program_id(0)
     programs = tl.num_programs(0)
     usable = tl.full((), 1, tl.int1)
@@ -272,7 +327,7 @@ def dispatch(
     turn = (stamp % TURNS).to(tl.int32)
     if PUT:
         if usable:
-            region = RECV_AT + (turn * WORLD + me).to(tl.int64) * REGION
+            region = recv_at + (turn * WORLD + me).to(tl.int64) * region_stride
             code = refusal
             value = refusal * 0
             for row in range(p, num_tokens, programs):
@@ -288,7 +343,7 @@ def dispatch(
                     for peer in tl.static_range(WORLD):
                         hits |= tl.max((targets == peer).to(tl.int32), axis=0) << peer
                 else:
-                    hits = tl.full((), ELIGIBLE, tl.int32)
+                    hits = eligible + row * 0
                 tl.store(_halves(hits_out) + row, hits)
                 for peer in tl.static_range(WORLD):
                     tl.store(_halves(bases[peer] + region) + row, (hits >> peer) & 1)
@@ -297,37 +352,45 @@ def dispatch(
                         k = tl.arange(0, PAD)
                         for peer in tl.static_range(WORLD):
                             if (hits >> peer) & 1 != 0:
-                                put = (bases[peer] + region + OFFSETS[i]).to(tl.pointer_type(IDS))
+                                put = (bases[peer] + region + _wide(offsets[i]) * OFFSET_UNIT).to(tl.pointer_type(IDS))
                                 shown = tl.where((replicated != 0) & (targets != peer), -1, numbers)
                                 tl.store(put + _wide(row) * TOPK + k, shown.to(IDS), mask=k < TOPK)
                     else:
                         _put_row(
-                            sources[i], row, hits, bases, region + OFFSETS[i], WIDTHS[i], UNITS[i], BLOCKS[i], WORLD
+                            sources[i],
+                            row,
+                            hits,
+                            bases,
+                            region + _wide(offsets[i]) * OFFSET_UNIT,
+                            WIDTHS[i],
+                            UNITS[i],
+                            BLOCKS[i],
+                            WORLD,
                         )
             _signal(
-                bases, FLAGS_AT, HEADS_AT, turn * WORLD + me, stamp, num_tokens, code, value, signature, WORLD, programs
+                bases, flags_at, heads_at, turn * WORLD + me, stamp, num_tokens, code, value, signature, WORLD, programs
             )
     if TAKE:
         for source in tl.static_range(WORLD):
             tokens = turn * 0
             if usable:
                 code, value, tokens = _await_source(
-                    own, FLAGS_AT, HEADS_AT, turn * WORLD + source, stamp, words, limit, signature, programs, CLOCK
+                    own, flags_at, heads_at, turn * WORLD + source, stamp, words, limit, signature, programs, CLOCK
                 )
                 if code != 0:
                     _report(local, words, p * 0 + source, code, value, COUNTED)
                     usable = code < LATE
                     if COUNTED:
                         tl.store(_words(local) + BROKEN, number)
-            if STATIC_ROWS > 0:
-                region = own + RECV_AT + (turn * WORLD + source).to(tl.int64) * REGION
-                for row in range(p, STATIC_ROWS, programs):
+            if STATIC:
+                region = own + recv_at + (turn * WORLD + source).to(tl.int64) * region_stride
+                for row in range(p, rows, programs):
                     here = tl.load(_halves(region) + row, mask=row < tokens, other=0) != 0
-                    place = source * STATIC_ROWS + row
+                    place = source * rows + row
                     tl.store(_halves(positions) + place, tl.where(here, place, -1))
                     for i in tl.static_range(NUM):
                         _copy_row(
-                            region + OFFSETS[i] + _wide(row) * WIDTHS[i],
+                            region + _wide(offsets[i]) * OFFSET_UNIT + _wide(row) * WIDTHS[i],
                             outputs[i] + _wide(place) * WIDTHS[i],
                             here,
                             FILLS[i],
@@ -335,82 +398,60 @@ def dispatch(
                             UNITS[i],
                             BLOCKS[i],
                         )
+        if not STATIC:
+            tl.debug_barrier()
+            arrived = tl.atomic_add(_words(local) + ARRIVED, _wide(1), sem="acq_rel", scope="gpu")
+            if arrived == programs - 1:  # the last one sees what all have awaited
+                tl.store(_words(local) + ARRIVED, 0)
+                _index(
+                    own,
+                    words,
+                    local,
+                    tokens_out,
+                    positions,
+                    origins,
+                    stamp,
+                    rows,
+                    heads_at,
+                    recv_at,
+                    region_stride,
+                    programs,
+                    WORLD,
+                    INDEX_BLOCK,
+                )
 
 
-# One variant for all shapes, loaded before the first dispatch: loading waits for kernels that run, and this one is
-# launched behind a dispatch that may wait for a rank that waits for this rank's host.
-_AS_THEY_COME = ["own", "words", "local", "tokens", "positions", "origins", "stamp", "num_rows", "programs"]
-
-
-@triton.jit(do_not_specialize=[*_AS_THEY_COME, "heads_at", "recv_at", "region_stride"])
-def index_rows(
-    own,  # this rank's arena
-    words,
-    local,
-    tokens,  # [WORLD] int32, written: rows of each source
-    positions,  # [WORLD * num_rows] int32, written: where a row stands among the received ones, -1: nowhere
-    origins,  # [WORLD * num_rows] int32, written: for each received row, source * num_rows + row
-    stamp,
-    num_rows,
-    programs,
-    heads_at,
-    recv_at,
-    region_stride,
-    WORLD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Exact mode, one program: numbers the received rows, and tells the host their counts and what went wrong."""
-    turn = (stamp % TURNS).to(tl.int32)
-    shown = _words(words) + TURN + turn * (1 + WORLD)
-    worst = tl.load(_words(local) + WORST)
-    tl.debug_barrier()
-    tl.store(_words(local) + WORST, 0)
-    total = turn * 0
-    for source in tl.static_range(WORLD):
-        index = (turn * WORLD + source).to(tl.int64)
-        region = _halves(own + recv_at + index * region_stride)
-        rows = tl.load(_halves(own + heads_at + index * programs * 16))
-        rows = tl.where(worst == 0, rows, 0)
-        before = total
-        for start in range(0, rows, BLOCK):
-            row = start + tl.arange(0, BLOCK)
-            here = tl.load(region + row, mask=row < rows, other=0)
-            place = total + tl.cumsum(here, axis=0) - 1
-            tl.store(_halves(positions) + source * num_rows + row, tl.where(here != 0, place, -1), mask=row < rows)
-            tl.store(_halves(origins) + place, source * num_rows + row, mask=(here != 0) & (row < rows))
-            total += tl.sum(here, axis=0)
-        tl.store(_halves(tokens) + source, rows)
-        count = (total - before).to(tl.int64)
-        tl.store(shown + 1 + source, (stamp & 0xFFFFFFFF) << 32 | count)
-    tl.store(shown, (stamp & 0x7FFFFF) << 40 | worst)
-
-
-@triton.jit(do_not_specialize=["num_rows", "stamp"])
+@triton.jit(
+    do_not_specialize=[
+        *["own", "origins", "outputs", "offsets", "num_rows", "stamp", "rows"],
+        *["recv_at", "region_stride"],
+    ]
+)
 def take_rows(
+    outputs,
+    offsets,
     own,
     origins,
-    outputs,
-    num_rows,
-    stamp,
-    ROWS: tl.constexpr,
+    num_rows: tl.int32,
+    stamp: tl.int64,
+    rows: tl.int32,  # numbers that `origins` has for each source
+    recv_at: tl.int64,
+    region_stride: tl.int64,
     WIDTHS: tl.constexpr,
     UNITS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    OFFSETS: tl.constexpr,
     NUM: tl.constexpr,
     WORLD: tl.constexpr,
-    RECV_AT: tl.constexpr,
-    REGION: tl.constexpr,
 ):
     """Exact mode: copies the received rows out, in their order."""
     turn = (stamp % TURNS).to(tl.int32)
     for place in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         origin = tl.load(_halves(origins) + place)
-        region = own + RECV_AT + (turn * WORLD + origin // ROWS).to(tl.int64) * REGION
-        row = (origin % ROWS).to(tl.int64)
+        region = own + recv_at + (turn * WORLD + origin // rows).to(tl.int64) * region_stride
+        row = (origin % rows).to(tl.int64)
         for i in tl.static_range(NUM):
             _copy_row(
-                region + OFFSETS[i] + row * WIDTHS[i],
+                region + _wide(offsets[i]) * OFFSET_UNIT + row * WIDTHS[i],
                 outputs[i] + _wide(place) * WIDTHS[i],
                 origin >= 0,
                 0,
@@ -420,10 +461,15 @@ def take_rows(
             )
 
 
-@triton.jit(do_not_specialize=["num_tokens", "stamp", "signature", "refusal", "limit", "slot", "me"])
+@triton.jit(
+    do_not_specialize=[
+        *["results", "output", "hits", "bases", "own", "words", "local", "tokens", "positions", "num_tokens", "stamp"],
+        *["signature", "refusal", "limit", "slot", "me", "rows", "flags_at", "heads_at", "out_at", "out_stride"],
+    ]
+)
 def combine(
-    results,  # [rows, HIDDEN], in the dtype of the sums
-    output,  # [num_tokens, HIDDEN]
+    results,  # address of [rows, HIDDEN], in the dtype of the sums
+    output,  # address of [num_tokens, HIDDEN]
     hits,  # [num_tokens] int32: which ranks have results for a row
     bases,
     own,
@@ -431,25 +477,26 @@ def combine(
     local,
     tokens,  # exact mode: rows of each source
     positions,  # where the result for a source's row stands in `results`, -1: nowhere
-    num_tokens,
-    stamp,
-    signature,
-    refusal,
-    limit,
-    slot,
-    me,
+    num_tokens: tl.int32,
+    stamp: tl.int64,
+    signature: tl.int32,
+    refusal: tl.int32,
+    limit: tl.int64,
+    slot: tl.int32,
+    me: tl.int32,
+    rows: tl.int32,  # row numbers that `positions` has for each source
+    flags_at: tl.int64,
+    heads_at: tl.int64,
+    out_at: tl.int64,
+    out_stride: tl.int64,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,  # row numbers that `positions` has for each source
+    NARROW: tl.constexpr,  # the dtype of results and sums
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,  # elements of a sum
     COPY_BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
     WORLD: tl.constexpr,
-    FLAGS_AT: tl.constexpr,
-    HEADS_AT: tl.constexpr,
-    OUT_AT: tl.constexpr,
-    OUT: tl.constexpr,
     STATIC: tl.constexpr,
     COUNTED: tl.constexpr,
     PUT: tl.constexpr,
@@ -471,18 +518,18 @@ def combine(
     if PUT:
         if usable:
             for source in tl.static_range(WORLD):
-                shown = own + OUT_AT + (slot * WORLD + source).to(tl.int64) * OUT
+                shown = own + out_at + (slot * WORLD + source).to(tl.int64) * out_stride
                 if STATIC:
-                    bound = slot * 0 + ROWS
+                    bound = slot * 0 + rows
                 else:
                     bound = tl.load(_halves(tokens) + source)
                 if refusal != 0:
                     bound = 0
                 for row in range(p, bound, programs):
-                    place = tl.load(_halves(positions) + source * ROWS + row)
+                    place = tl.load(_halves(positions) + source * rows + row)
                     if place >= 0:
                         _copy_row(
-                            results.to(tl.int64) + _wide(place) * WIDTH,
+                            results + _wide(place) * WIDTH,
                             shown + _wide(row) * WIDTH,
                             place >= 0,
                             0,
@@ -492,8 +539,8 @@ def combine(
                         )
             _signal(
                 bases,
-                FLAGS_AT,
-                HEADS_AT,
+                flags_at,
+                heads_at,
                 slot * WORLD + me,
                 stamp,
                 num_tokens,
@@ -508,7 +555,7 @@ def combine(
         for source in tl.static_range(WORLD):
             if usable:
                 code, value, _ = _await_source(
-                    own, FLAGS_AT, HEADS_AT, slot * WORLD + source, stamp, words, limit, signature, programs, CLOCK
+                    own, flags_at, heads_at, slot * WORLD + source, stamp, words, limit, signature, programs, CLOCK
                 )
                 if code != 0:
                     _report(local, words, p * 0 + source, code, value, True)
@@ -524,10 +571,12 @@ def combine(
                     inside = at < HIDDEN
                     total = tl.zeros((BLOCK,), WIDE)
                     for peer in tl.static_range(WORLD):
-                        shown = bases[peer] + OUT_AT + (slot * WORLD + me).to(tl.int64) * OUT
-                        theirs = (shown + _wide(row) * WIDTH).to(tl.pointer_type(results.dtype.element_ty))
+                        shown = bases[peer] + out_at + (slot * WORLD + me).to(tl.int64) * out_stride
+                        theirs = (shown + _wide(row) * WIDTH).to(tl.pointer_type(NARROW))
                         if UNIT == 16:
                             theirs = tl.multiple_of(theirs, 16)
                         there = inside & ((went >> peer) & 1 != 0)
                         total += tl.load(theirs + at, mask=there, other=0).to(WIDE)
-                    tl.store(output + _wide(row) * HIDDEN + at, total.to(output.dtype.element_ty), mask=inside)
+                    tl.store(
+                        output.to(tl.pointer_type(NARROW)) + _wide(row) * HIDDEN + at, total.to(NARROW), mask=inside
+                    )

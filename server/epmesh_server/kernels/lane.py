@@ -5,7 +5,7 @@ A lane whose stamps the host gives serves exact mode; one that counts on the dev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ import triton.language as tl
 from epmesh.errors import InvalidRequest
 from epmesh.layout import Routing
 from epmesh_server.kernels import exchange_kernels as kernels
-from epmesh_server.kernels.launcher import Launcher
+from epmesh_server.kernels.launcher import Launch, Launcher
 from epmesh_server.kernels.plan import MAX_TENSORS, MAX_TOPK, TURNS, ArenaPlan, RowPlan, block_of, plan_rows, unit_of
 from epmesh_server.kernels.status import Code, Report, count_in, decode, done_report
 from epmesh_server.ranks.tensors import accumulator, dtype_name, row_bytes
@@ -29,10 +29,10 @@ _ABORT, _REPORT, _TURN = 0, 1, 2  # words that host and device share; of each tu
 _WORST_SHOWN, _BROKEN, _COUNTERS = 1, 2, 8  # words of the device
 _IDS_AT = 2
 _MOST_AT_ONCE = 2048
-_INDEX_BLOCK = 1024
-_NO_STAMP = 1 << 40  # no exchange has it: sequence numbers begin with 1
 
 _ALL_PHASES = (True, True)
+
+_Launched = tuple[Any, tuple[Any, ...], int, tuple[Any, ...], Callable[[], dict[str, Any]]]  # what a `Launcher` takes
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,18 @@ class Sent:
     """What a dispatch leaves for its copy-out and its combine.
 
     Attributes:
-        hits: ``[num_tokens]`` int32: bit r: the row went to rank r.
+        hits: ``[num_tokens]`` int32, or longer: bit r: the row went to rank r.
         positions: ``[world_size, rows]`` int32: where a source's row stands among the returned ones, -1: nowhere.
         tokens: ``[world_size]`` int32: rows of each source; static mode: `None`.
         origins: exact mode: source x rows + row of each received row.
         rows: row numbers that `positions` has for each source.
+        num_tokens: rows that were sent.
     """
 
     hits: torch.Tensor
     positions: torch.Tensor
     rows: int
+    num_tokens: int
     tokens: torch.Tensor | None = None
     origins: torch.Tensor | None = None
 
@@ -155,10 +157,11 @@ class Lane:
         self._shared = shared.pin_memory() if self._clock else shared
         self._words: npt.NDArray[np.int64] = self._shared.numpy()
         self._local = torch.zeros(_COUNTERS + 2 * plan.programs, dtype=torch.int64, device=device)
+        self._quick = self._words.data  # an array's elements take longer to look at
         self._launch = Launcher(device)
+        self._kept: dict[int, tuple[torch.Tensor, int, tuple[torch.Tensor, ...]]] = {}
+        self._turns: torch.Tensor | None = None
         self._row_plans: dict[tuple[int, ...], RowPlan] = {}
-        if not self.counted:
-            self._load_index()
 
     @property
     def counted(self) -> bool:
@@ -178,6 +181,16 @@ class Lane:
     def abort(self, stamp: int = ABORT_ALL) -> None:
         """Ends every wait for an exchange up to `stamp`, soon; any thread may call it."""
         self._words[_ABORT] = max(int(self._words[_ABORT]), stamp)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all waits were ended."""
+        return bool(self._quick[_ABORT] == ABORT_ALL)
+
+    @property
+    def silent(self) -> bool:
+        """Whether there is no report."""
+        return not self._quick[_REPORT]
 
     def report(self) -> Report | None:
         """What went wrong in some call whose outcome nobody waits for: combines, and what the device counts."""
@@ -222,7 +235,7 @@ class Lane:
         phases: tuple[bool, bool] = _ALL_PHASES,
         sent: Sent | None = None,
     ) -> Sent:
-        """Exact mode: puts rows and awaits everybody's; `index_rows` comes next.
+        """Exact mode: puts rows and awaits everybody's; then `outcome` and `counts` become known.
 
         Args:
             signature: must be the same on all ranks.
@@ -230,13 +243,12 @@ class Lane:
             phases: whether to put, and whether to await; one alone in tests that have no ranks side by side, the
                 second with what the first returned as `sent`.
         """
-        plan, row_plan = self.plan, self._row_plan(rows.widths)
+        row_plan = self._row_plan(rows.widths)
         if sent is None:
-            index = self._new((1 + 2 * row_plan.rows) * plan.world_size)
-            cut = [plan.world_size, plan.world_size * row_plan.rows, plan.world_size * row_plan.rows]
-            tokens, positions, origins = torch.split(index, cut)
-            sent = Sent(self._new(rows.num_tokens), positions, row_plan.rows, tokens, origins)
-        self._launch_dispatch(rows, row_plan, sent, (), 0, signature, stamp, refused, phases)
+            tokens, positions, origins = self._numbered(row_plan.rows)
+            hits = self._new(rows.num_tokens)
+            sent = Sent(hits, positions, row_plan.rows, rows.num_tokens, tokens, origins)
+        self._launch(*self._dispatching(rows, row_plan, sent, (), signature, stamp, refused, phases))
         return sent
 
     def dispatch_static(
@@ -252,37 +264,39 @@ class Lane:
         """Static mode: as `dispatch`, and returns the rows, ``[world_size x static_rows, ...]``."""
         total = self.plan.world_size * static_rows
         outputs = [tensor.new_empty((total, *tensor.shape[1:])) for tensor in rows.tensors]
-        sent = sent or Sent(self._new(rows.num_tokens), self._new(total), static_rows)
+        sent = sent or Sent(self._new(rows.num_tokens), self._new(total), static_rows, rows.num_tokens)
         row_plan = self._row_plan(rows.widths)
-        self._launch_dispatch(rows, row_plan, sent, outputs, static_rows, signature, 0, refused, phases)
+        self._launch(*self._dispatching(rows, row_plan, sent, outputs, signature, 0, refused, phases))
         return sent, outputs
 
     def take(self, rows: Rows, sent: Sent, num_rows: int, stamp: int) -> list[torch.Tensor]:
         """Exact mode: the received rows, by source, then source row."""
         assert sent.origins is not None
-        plan, row_plan = self.plan, self._row_plan(rows.widths)
         outputs = [tensor.new_empty((num_rows, *tensor.shape[1:])) for tensor in rows.tensors]
         if num_rows:
             addresses = tuple(tensor.data_ptr() for tensor in outputs)
-            units = tuple(unit_of(width, at) for width, at in zip(rows.widths, addresses, strict=True))
-            self._launch(
-                kernels.take_rows,
-                ("take", rows.widths, units, sent.rows, _alignment(sent.origins.data_ptr(), *addresses)),
-                min(num_rows, 4 * plan.programs),
-                (self._bases[self._me], sent.origins.data_ptr(), addresses, num_rows, stamp),
-                lambda: {
-                    "ROWS": sent.rows,
-                    "WIDTHS": rows.widths,
-                    "UNITS": units,
-                    "BLOCKS": _blocks(rows.widths, units),
-                    "OFFSETS": row_plan.offsets,
-                    "NUM": len(addresses),
-                    "WORLD": plan.world_size,
-                    "RECV_AT": plan.recv_at,
-                    "REGION": plan.region_stride,
-                },
-            )
+            self._launch(*self._taking(rows, sent, addresses, num_rows, stamp))
         return outputs
+
+    def _taking(self, rows: Rows, sent: Sent, addresses: tuple[int, ...], num_rows: int, stamp: int) -> _Launched:
+        plan, row_plan = self.plan, self._row_plan(rows.widths)
+        units = tuple(unit_of(width, at) for width, at in zip(rows.widths, addresses, strict=True))
+        return (
+            kernels.take_rows,
+            ("take", rows.widths, units),
+            self.programs_for(num_rows),
+            (
+                *(addresses, row_plan.offset_units, self._bases[self._me], self._address(sent.origins), num_rows),
+                *(stamp, sent.rows, plan.recv_at, plan.region_stride),
+            ),
+            lambda: {
+                "WIDTHS": rows.widths,
+                "UNITS": units,
+                "BLOCKS": _blocks(rows.widths, units),
+                "NUM": len(addresses),
+                "WORLD": plan.world_size,
+            },
+        )
 
     def combine(
         self,
@@ -305,36 +319,55 @@ class Lane:
         Returns:
             The sums.
         """
-        plan, width = self.plan, row_bytes(results)
         if output is None:
-            output = results.new_empty((len(sent.hits), results.shape[1]))
+            output = results.new_empty((sent.num_tokens, results.shape[1]))
+        self._launch(*self._combining(results, output, sent, signature, stamp, slot, refused, phases))
+        return output
+
+    def prepare_combine(
+        self, results: torch.Tensor, output: torch.Tensor, sent: Sent, signature: int, slot: int
+    ) -> Launch:
+        """A combine whose first two values are the addresses of `results` and `output`."""
+        kernel, _, programs, arguments, constants = self._combining(
+            results, output, sent, signature, 0, slot, False, _ALL_PHASES
+        )
+        return self._launch.prepare(kernel, programs, arguments, constants)
+
+    def _combining(
+        self,
+        results: torch.Tensor,
+        output: torch.Tensor,
+        sent: Sent,
+        signature: int,
+        stamp: int,
+        slot: int,
+        refused: bool,
+        phases: tuple[bool, bool],
+    ) -> _Launched:
+        plan, width = self.plan, row_bytes(results)
         unit = unit_of(width, results.data_ptr())
-        addresses = self._address(sent.tokens), self._address(sent.positions)
         static = sent.tokens is None
-        pointers = _alignment(*addresses, results.data_ptr(), output.data_ptr(), sent.hits.data_ptr())
-        self._launch(
+        return (
             kernels.combine,
-            ("combine", results.dtype, width, unit, sent.rows, static, phases, pointers),
+            ("combine", results.dtype, width, unit, static, phases),
             plan.programs,
             (
-                *(results, output, sent.hits, self._bases, self._bases[self._me]),
-                *(self._shared.data_ptr(), self._local.data_ptr(), *addresses),
-                *(len(sent.hits), self._base_stamp if self.counted else stamp, signature),
-                *(int(Code.REFUSED) if refused else 0, self._limit, slot, self._me),
+                *(self._address(results), self._address(output), self._address(sent.hits), self._bases),
+                *(self._bases[self._me], self._shared.data_ptr(), self._local.data_ptr()),
+                *(self._address(sent.tokens), self._address(sent.positions), sent.num_tokens),
+                *(self._base_stamp if self.counted else stamp, signature, int(Code.REFUSED) if refused else 0),
+                *(self._limit, slot, self._me, sent.rows),
+                *(plan.out_flags_at, plan.out_heads_at, plan.out_at, plan.out_stride),
             ),
             lambda: {
                 "HIDDEN": results.shape[1],
                 "WIDTH": width,
-                "ROWS": sent.rows,
+                "NARROW": _type(results.dtype),
                 "UNIT": unit,
                 "BLOCK": _sum_block(results.shape[1]),
                 "COPY_BLOCK": block_of(width, unit, _MOST_AT_ONCE),
                 "WIDE": _type(accumulator(results.dtype, "combine")),
                 "WORLD": plan.world_size,
-                "FLAGS_AT": plan.out_flags_at,
-                "HEADS_AT": plan.out_heads_at,
-                "OUT_AT": plan.out_at,
-                "OUT": plan.out_stride,
                 "STATIC": static,
                 "COUNTED": self.counted,
                 "PUT": phases[0],
@@ -342,7 +375,6 @@ class Lane:
                 "CLOCK": self._clock,
             },
         )
-        return output
 
     def check_results(self, width: int) -> None:
         """Refuses results of `width` bytes a row that the arenas do not hold.
@@ -357,88 +389,99 @@ class Lane:
                 f"dispatch: return rows no wider than hidden_states in float32"
             )
 
-    def _launch_dispatch(
+    def row_numbers(self, rows: Rows) -> int:
+        """Exact mode: row numbers of each source, for rows as wide as `rows`."""
+        return self._row_plan(rows.widths).rows
+
+    def programs_for(self, num_rows: int) -> int:
+        """Of a kernel that copies received rows."""
+        return min(num_rows, 4 * self.plan.programs)
+
+    def keep(self, slot: int, row_numbers: int, num_tokens: int, static: bool) -> Sent:
+        """Where prepared exchanges in a slot keep what their combine needs, one after the other."""
+        found = self._kept.get(slot)
+        if found is None or len(found[0]) < num_tokens or found[1] < row_numbers:
+            hits = self._new(max(num_tokens, self.plan.rows))
+            found = self._kept[slot] = hits, row_numbers, self._numbered(row_numbers)
+        hits, _, (tokens, positions, origins) = found
+        return Sent(hits, positions, row_numbers, num_tokens, *(() if static else (tokens, origins)))
+
+    def prepare_dispatch(self, rows: Rows, outputs: Sequence[torch.Tensor], sent: Sent, signature: int) -> Launch:
+        """A dispatch whose first values are the addresses of the rows, then those of `outputs`, in static mode."""
+        row_plan = self._row_plan(rows.widths)
+        kernel, _, programs, arguments, constants = self._dispatching(
+            rows, row_plan, sent, outputs, signature, 0, False, _ALL_PHASES
+        )
+        return self._launch.prepare(kernel, programs, arguments, constants)
+
+    def prepare_take(self, rows: Rows, sent: Sent) -> Launch:
+        """A copy of received rows whose first values are the addresses of the outputs, new tensors."""
+        kernel, _, programs, arguments, constants = self._taking(rows, sent, (0,) * len(rows.widths), 1, 0)
+        return self._launch.prepare(kernel, programs, arguments, constants)
+
+    def _numbered(self, row_numbers: int) -> tuple[torch.Tensor, ...]:
+        """Memory for tokens, positions and origins."""
+        world = self.plan.world_size
+        sizes = [world, world * row_numbers, world * row_numbers]
+        return torch.split(self._new(sum(sizes)), sizes)
+
+    def _dispatching(
         self,
         rows: Rows,
         row_plan: RowPlan,
         sent: Sent,
         outputs: Sequence[torch.Tensor],
-        static_rows: int,
         signature: int,
         stamp: int,
         refused: bool,
         phases: tuple[bool, bool],
-    ) -> None:
+    ) -> _Launched:
         plan, table = self.plan, rows.table
         sources = tuple(self._address(tensor) for tensor in rows.tensors)
         targets = tuple(self._address(tensor) for tensor in outputs) or sources
         units = tuple(unit_of(*each) for each in zip(rows.widths, sources, targets, strict=True))
         num_topk = rows.tensors[2].shape[1] if table is not None else 1
         turns = _occurrence(rows.tensors[2]) if table is not None and table.choices > 1 else None
+        self._turns = turns  # a kernel that was launched may not have read it yet
         addresses = tuple(
             self._address(each)
-            for each in (table.entries if table is not None else None, turns, sent.hits, sent.positions)
+            for each in (
+                *(table.entries if table is not None else None, turns, sent.hits),
+                *(sent.positions, sent.tokens, sent.origins),
+            )
         )
+        static = len(outputs) > 0
         routed = None if table is None else (table.choices, num_topk, rows.tensors[2].dtype)
-        pointers = _alignment(*sources, *targets, *addresses)
-        self._launch(
+        return (
             kernels.dispatch,
-            ("dispatch", rows.widths, units, routed, rows.eligible, rows.has_ids, static_rows, phases, pointers),
+            ("dispatch", rows.widths, units, routed, rows.has_ids, static, phases),
             plan.programs,
             (
-                *(sources, targets, self._bases, self._bases[self._me], self._shared.data_ptr()),
-                *(self._local.data_ptr(), *addresses, 0 if refused else rows.num_tokens),
+                *(sources, targets, self._bases, row_plan.offset_units, self._bases[self._me]),
+                *(self._shared.data_ptr(), self._local.data_ptr(), *addresses, 0 if refused else rows.num_tokens),
                 *(self._base_stamp if self.counted else stamp, signature, int(Code.REFUSED) if refused else 0),
                 *(self._limit, table.first_turn if table is not None else 0),
-                *(len(table.entries) if table is not None else 0, self._me),
+                *(len(table.entries) if table is not None else 0, self._me, rows.eligible, sent.rows),
+                *(plan.recv_flags_at, plan.recv_heads_at, plan.recv_at, plan.region_stride),
             ),
             lambda: {
                 "WIDTHS": rows.widths,
                 "UNITS": units,
                 "BLOCKS": _blocks(rows.widths, units),
-                "OFFSETS": row_plan.offsets,
                 "NUM": len(sources),
                 "ROUTED": table is not None,
-                "ELIGIBLE": rows.eligible,
                 "CHOICES": table.choices if table is not None else 1,
                 "TOPK": num_topk,
                 "PAD": max(2, 1 << (num_topk - 1).bit_length()),
                 "IDS": _type(torch.int64 if table is None else rows.tensors[2].dtype),
                 "FILLS": _fills(units, rows.has_ids),
                 "WORLD": plan.world_size,
-                "FLAGS_AT": plan.recv_flags_at,
-                "HEADS_AT": plan.recv_heads_at,
-                "RECV_AT": plan.recv_at,
-                "REGION": plan.region_stride,
-                "STATIC_ROWS": static_rows,
+                "STATIC": static,
                 "COUNTED": self.counted,
                 "PUT": phases[0],
                 "TAKE": phases[1],
                 "CLOCK": self._clock,
             },
-        )
-
-    def index_rows(self, sent: Sent, stamp: int) -> None:
-        """Exact mode: numbers the received rows; then `outcome` and `counts` become known."""
-        addresses = [self._address(each) for each in (sent.tokens, sent.positions, sent.origins)]
-        self._launch_index(addresses, sent.rows, stamp)
-
-    def _load_index(self) -> None:
-        """Has the kernel of `index_rows` compiled and loaded, while no other one waits; there are no rows yet."""
-        nowhere = self._new(self.plan.world_size)
-        self._launch_index([nowhere.data_ptr()] * 3, 1, _NO_STAMP)
-
-    def _launch_index(self, addresses: Sequence[int], rows: int, stamp: int) -> None:
-        plan = self.plan
-        self._launch(
-            kernels.index_rows,
-            "index",
-            1,
-            (
-                *(self._bases[self._me], self._shared.data_ptr(), self._local.data_ptr(), *addresses, stamp, rows),
-                *(plan.programs, plan.recv_heads_at, plan.recv_at, plan.region_stride),
-            ),
-            lambda: {"WORLD": plan.world_size, "BLOCK": _INDEX_BLOCK},
         )
 
     def _row_plan(self, widths: tuple[int, ...]) -> RowPlan:
@@ -453,11 +496,6 @@ class Lane:
     def _address(self, tensor: torch.Tensor | None) -> int:
         """Of the data; some address that is never read where there is none."""
         return (tensor.data_ptr() if tensor is not None else 0) or self._bases[self._me]
-
-
-def _alignment(*addresses: int) -> tuple[bool, ...]:
-    """What Triton looks at in an address."""
-    return tuple(address % 16 == 0 for address in addresses)
 
 
 def _blocks(widths: Sequence[int], units: Sequence[int]) -> tuple[int, ...]:

@@ -113,6 +113,11 @@ class RowPlan:
     rows: int
     offsets: tuple[int, ...]
 
+    @property
+    def offset_units(self) -> tuple[int, ...]:
+        """The offsets as kernels take them: in units of 128 bytes, so that 32 bits hold them."""
+        return tuple(offset // _ALIGNMENT for offset in self.offsets)
+
 
 def region_bytes_for(rows: int, widths: Sequence[int]) -> int:
     """Bytes that a region needs to hold `rows` rows of every tensor; `widths` in bytes."""

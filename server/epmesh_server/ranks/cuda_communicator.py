@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from epmesh.communicator import Handle
 from epmesh.errors import InvalidRequest
 from epmesh.layout import Layout, Routing
 from epmesh.view import View
@@ -59,6 +60,73 @@ class CudaCommunicator(JoinedCommunicator):
             self._exchange.surface()
 
     # The exchange ------------------------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        hidden_states: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        is_sequence_parallel: bool = False,
+        extra_tensors: list[torch.Tensor] | None = None,
+        *,
+        layer: int | None = None,
+        static: bool = False,
+    ) -> tuple[Any, ...]:
+        tensors = (hidden_states, topk_weights, topk_ids)
+        plain = extra_tensors is None and (layer is None or type(layer) is int) and not self._destroyed
+        if not plain or not type(hidden_states) is type(topk_weights) is type(topk_ids) is torch.Tensor:
+            return super().dispatch(*tensors, is_sequence_parallel, extra_tensors, layer=layer, static=static)
+        kinds = hidden_states.dtype, topk_weights.dtype, topk_ids.dtype
+        shapes = hidden_states.shape, topk_weights.shape, topk_ids.shape
+        key = (shapes, kinds, layer, bool(is_sequence_parallel), bool(static))
+        received = None
+        self._check_mode()
+        if self._busy.acquire(blocking=False):  # else the long way says who is inside
+            try:
+                received = self._exchange.again(
+                    key, tensors, lambda: self._routed(list(tensors), None, is_sequence_parallel, layer, static)
+                )
+            finally:
+                self._busy.release()
+        if received is None:
+            received = super().dispatch(*tensors, is_sequence_parallel, layer=layer, static=static)
+            self._exchange.prepare(key, tensors)
+        return received
+
+    def combine(
+        self, hidden_states: torch.Tensor, is_sequence_parallel: bool = False, *, handle: Handle | None = None
+    ) -> torch.Tensor:
+        sums = self._combine_again(hidden_states, None, is_sequence_parallel, handle)
+        return super().combine(hidden_states, is_sequence_parallel, handle=handle) if sums is None else sums
+
+    def _combine_again(
+        self,
+        hidden_states: torch.Tensor,
+        output: torch.Tensor | None,
+        is_sequence_parallel: bool,
+        handle: Handle | None,
+    ) -> torch.Tensor | None:
+        if self._destroyed or type(hidden_states) is not torch.Tensor:
+            return None
+        if (output is not None and type(output) is not torch.Tensor) or not self._busy.acquire(blocking=False):
+            return None
+        try:
+            return self._exchange.combine_again(hidden_states, handle, bool(is_sequence_parallel), output)
+        finally:
+            self._busy.release()
+
+    def combine_into_output(
+        self,
+        hidden_states: torch.Tensor,
+        output: torch.Tensor,
+        is_sequence_parallel: bool = False,
+        *,
+        handle: Handle | None = None,
+    ) -> torch.Tensor:
+        sums = self._combine_again(hidden_states, output, is_sequence_parallel, handle)
+        if sums is not None:
+            return sums
+        return super().combine_into_output(hidden_states, output, is_sequence_parallel, handle=handle)
 
     def _broadcast(self, tensors: list[torch.Tensor], is_sequence_parallel: bool, *, has_ids: bool) -> Layout:
         return self._layout(tensors, None, is_sequence_parallel, has_ids)

@@ -12,41 +12,43 @@ Static dispatches take no number and wait for nothing: the device counts, and wh
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NoReturn
 
-import numpy as np
 import torch
 
 from epmesh.communicator import Handle
 from epmesh.errors import EpmeshError, InvalidRequest
 from epmesh.layout import Layout, routed_layout
 from epmesh_server.kernels.lane import Lane, Rows, Sent
+from epmesh_server.kernels.launcher import stream_of
 from epmesh_server.kernels.plan import ArenaPlan, region_bytes_for
-from epmesh_server.kernels.status import Code, Report, error_of, signature
+from epmesh_server.kernels.status import Code, Report, error_of
 from epmesh_server.ranks.arguments import refusals
 from epmesh_server.ranks.buffers import stamp
 from epmesh_server.ranks.calls import Call, describe
 from epmesh_server.ranks.cuda_arenas import Arenas
+from epmesh_server.ranks.cuda_prepared import (
+    PreparedDispatch,
+    PreparedExchange,
+    PreparedWayThere,
+    StaticExchange,
+    movable,
+)
 from epmesh_server.ranks.cuda_watch import Watch
-from epmesh_server.ranks.dispatch import DispatchStage
+from epmesh_server.ranks.cuda_ways import CudaWayBack, CudaWayThere, digest_of, launch_combine
 from epmesh_server.ranks.exchange import Exchange
 from epmesh_server.ranks.member import GroupMember
-from epmesh_server.ranks.open_exchange import IDS_AT, ExchangeStats, OpenExchange, Relayed, Request
+from epmesh_server.ranks.open_exchange import IDS_AT, ExchangeStats, OpenExchange, Request
 from epmesh_server.ranks.store import NodeStore
-from epmesh_server.ranks.tensors import row_bytes
 
 _MOST_PROGRAMS = 128
 _LEAST_ROWS = 64
 _LEAST_OUT_BYTES = 4096  # of one result
 _WIDEST = 4  # bytes of a result's element beside one of hidden_states
-_SPIN_S = 0.001
-_POLL_S = 0.0005
-_HOST_GRACE_S = 0.5  # the kernel's limit comes first: it knows who is late
-_NEWS_S = 1.0  # how long to wait to hear why a kernel was given up
+_MOST_PREPARED = 1024  # shapes
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class CudaExchange(Exchange):
         self._least_rows = max_tokens_per_rank or 1
         self._older = older
         self._sent: dict[OpenExchange, Sent] = {}
+        self._prepared: dict[Hashable, PreparedDispatch] = {}
         self._stream: torch.cuda.Stream | None = None
         self._stream_number = -1
         self._watch = Watch(member, self._abort_all)
@@ -151,6 +154,133 @@ class CudaExchange(Exchange):
             self._last = self._start_static(request)
             return self._last._received
 
+    def again(
+        self, key: Hashable, tensors: Sequence[torch.Tensor], make_request: Callable[[], Request]
+    ) -> tuple[torch.Tensor, ...] | None:
+        """A dispatch that was prepared under `key`; `None` where it has to go the long way."""
+        call = self._prepared.get(key)
+        if call is None or call.view is not self.member.view:
+            return None
+        static = call.take is None
+        if call.lane is not (self._static if static else self.exact):
+            return None
+        index = self.device.index
+        for tensor in tensors:
+            if not movable(tensor, index):
+                return None
+        stream = self._quick_stream(call.lane)
+        if stream is None:
+            return None
+        self.release()
+        if not static:
+            return self._exact_again(call, tensors, make_request, stream)
+        slot = self._free_slot()
+        received = call.launch_static(tensors, slot, stream)
+        exchange = StaticExchange(self, call.request, call.layout, slot, call.lane, received, call)
+        self._last = self._open[slot] = exchange
+        self._sent[exchange] = call.sent[slot]
+        return received
+
+    def _exact_again(
+        self,
+        call: PreparedDispatch,
+        tensors: Sequence[torch.Tensor],
+        make_request: Callable[[], Request],
+        stream: int,
+    ) -> tuple[torch.Tensor, ...]:
+        """As `_start` and `settle`."""
+        slot, member = self._free_slot(), self.member
+        sequence = member.begin()
+        if self._open:
+            self._settle_all(sequence - self.turns + 1)
+        exchange: OpenExchange
+        with self.guard(sequence, call.request.method):
+            if call.view is member.view and call.lane is self.exact:
+                there = PreparedWayThere(self, sequence, call, tensors, slot, stream)
+                exchange = PreparedExchange(self, there, call.request, call.layout, slot)
+                exchange.prepared = call
+            else:  # another placement was adopted just now
+                request = make_request()
+                layout, described = self._plan(request)
+                stage = self._way_there(sequence, request.tensors, layout)
+                stage.post(described)
+                exchange = OpenExchange(self, stage, request, layout, slot)
+        self._last = self._open[slot] = exchange
+        exchange.settle()
+        received: tuple[torch.Tensor, ...] = exchange._received
+        return received
+
+    def prepare(self, key: Hashable, tensors: Sequence[torch.Tensor]) -> None:
+        """Prepares to do the last dispatch, which was of `tensors`, again."""
+        exchange = self._last
+        if exchange is None or torch.cuda.is_current_stream_capturing():
+            return
+        layout = exchange.layout
+        lane = exchange.lane if isinstance(exchange, StaticExchange) else self.exact
+        if not isinstance(layout, DeviceLayout) or layout.rows is None or lane is None:
+            return
+        rows = layout.rows
+        if rows.table is not None and rows.table.choices > 1:
+            return  # turns among replicas depend on the ids
+        if all(movable(tensor, self.device.index) for tensor in tensors) and lane.fits(rows):
+            if len(self._prepared) >= _MOST_PREPARED:
+                self._prepared.clear()
+            digest = digest_of(exchange._request)
+            self._prepared[key] = PreparedDispatch.of(exchange, lane, rows, digest, self.member.view)
+
+    def combine_again(
+        self,
+        hidden_states: torch.Tensor,
+        handle: Handle | None,
+        is_sequence_parallel: bool,
+        output: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """A combine that was prepared; `None` where it has to go the long way."""
+        exchange = self._last if handle is None else handle
+        if not isinstance(exchange, StaticExchange | PreparedExchange) or self._open.get(exchange.slot) is not exchange:
+            return None
+        call = exchange.prepared
+        if call is None or hidden_states.dim() != 2 or hidden_states.shape[0] != exchange.num_returned:
+            return None
+        static = call.take is None
+        found = call.combines.get((hidden_states.shape[1], hidden_states.dtype, is_sequence_parallel))
+        index = self.device.index
+        if found is None or call.lane is not (self._static if static else self.exact):
+            return None
+        if not movable(hidden_states, index) or (output is not None and not _takes(output, hidden_states, call, index)):
+            return None
+        stream = self._quick_stream(call.lane)
+        if stream is None:
+            return None
+        if not static:
+            try:
+                self.hear(exchange.sequence)
+            except EpmeshError:
+                return None  # on the long way it is raised again, and has its consequences
+        flag = None if static else self.member.flag(exchange.sequence)
+        result = call.launch_combine(found[exchange.slot], hidden_states, output, stream, flag)
+        self._close(exchange)
+        return result
+
+    def _quick_stream(self, lane: Lane) -> int | None:
+        """The current stream, where launches may go to it at once: it is the latest one's, and all is well.
+
+        Losses and ends are looked for by the watch, which has kernels give up, this call's too if it is late.
+        """
+        index = self.device.index
+        if torch._C._cuda_getDevice() != index or torch._C._cuda_isCurrentStreamCapturing():
+            return None
+        stream: int = stream_of(index)
+        if stream != self._stream_number or lane.ended:
+            return None
+        for each in self._arenas:
+            if not each.silent:
+                return None
+        for each in self._older:
+            if not each.silent:
+                return None
+        return stream
+
     def start(self, request: Request) -> OpenExchange:
         """Sends rows out; the caller may change its tensors as soon as this returns."""
         self.surface()
@@ -190,7 +320,7 @@ class CudaExchange(Exchange):
                 raise error_of(report, self.rank_of(report), "an exchange before the capture")
             lane.forget_report()
             if lane is self._static:
-                self._drop_static()
+                self.drop_static()
             elif lane is not self.exact:
                 raise InvalidRequest(
                     "a CUDA graph was replayed that is older than the memory of static mode; capture anew"
@@ -297,9 +427,9 @@ class CudaExchange(Exchange):
         lane = self._static
         if lane is None or static_rows > lane.rows_for(rows.widths):
             lane = self._form_static(request, rows, static_rows)
-        digest = signature(f"{request.method} {request.arguments}")
-        sent, outputs = lane.dispatch_static(rows, digest, static_rows)
-        exchange = self._open[slot] = StaticExchange(self, request, layout, slot, lane, outputs)
+        sent, outputs = lane.dispatch_static(rows, digest_of(request), static_rows)
+        received = request.shape(outputs)
+        exchange = self._open[slot] = StaticExchange(self, request, layout, slot, lane, received)
         self._sent[exchange] = sent
         return exchange
 
@@ -321,10 +451,11 @@ class CudaExchange(Exchange):
         if self._static is not None and not torch.cuda.is_current_stream_capturing():
             nothing = torch.zeros((0, 1), dtype=torch.uint8, device=self.device)
             self._static.dispatch(Rows((nothing,), None, 0, False), 0, refused=True, phases=(True, False))
-            self._drop_static()
+            self.drop_static()
         raise error
 
-    def _drop_static(self) -> None:
+    def drop_static(self) -> None:
+        """Has static mode begin anew."""
         self._retire(self._static, keep=True)
         self._static = None
 
@@ -339,230 +470,13 @@ class CudaExchange(Exchange):
         self._close(exchange)
         if exchange.lane is not self._static:
             raise InvalidRequest("static mode began anew since this dispatch; dispatch again")
-        return _combine(self, exchange, exchange.lane, hidden_states, is_sequence_parallel, output, sent, 0)
+        return launch_combine(self, exchange, exchange.lane, hidden_states, is_sequence_parallel, output, sent, 0)
 
 
-class StaticExchange(OpenExchange):
-    """An exchange in static mode, between its dispatch and its combine; the host does not know its number (0).
-
-    Attributes:
-        lane: that it runs in.
-    """
-
-    def __init__(
-        self,
-        owner: CudaExchange,
-        request: Request,
-        layout: DeviceLayout,
-        slot: int,
-        lane: Lane,
-        outputs: Sequence[torch.Tensor],
-    ) -> None:
-        self._owner = owner
-        self._request = request
-        self._layout = layout
-        self._sequence = 0
-        self._stage = self._error = self._slots = None
-        self._received = request.shape(list(outputs))
-        self.lane = lane
-        self.slot = slot
-        self.is_sequence_parallel = request.is_sequence_parallel
-        self.counts = [0] * lane.plan.world_size
-        self.relayed = {}
-
-
-class CudaWayThere:
-    """One exact dispatch on one rank.
-
-    Attributes:
-        sequence: its number.
-        counts: after `wait`, rows received by source position.
-        bytes_sent, floor_bytes: between nodes: none.
-    """
-
-    bytes_sent = floor_bytes = 0
-
-    def __init__(self, owner: CudaExchange, sequence: int, rows: Rows | None) -> None:
-        """Prepares; `rows` is `None` where this rank's input is refused."""
-        self.sequence = sequence
-        self._owner, self._member = owner, owner.member
-        self._rows = rows
-        self._stamp = owner.member.flag(sequence)
-        self._lane: Lane | None = None
-        self._sent: Sent | None = None
-        self._door: DispatchStage | None = None
-        self._passed = False  # the host's door, which can be passed once a number
-        self.counts: list[int] = []
-
-    def post(self, call: Call) -> None:
-        """Launches, or posts the call at the host's door."""
-        self._call = call
-        lane = self._owner.exact
-        if self._rows is None or lane is None or not lane.fits(self._rows):
-            self._open_door()
-        else:
-            self._launch(lane, self._rows)
-
-    def let_caller_go(self) -> None:
-        """Copies the rows where no kernel reads them yet."""
-        if self._rows is not None and self._sent is None:
-            copies = tuple(tensor.clone() for tensor in self._rows.tensors)
-            self._rows = Rows(copies, self._rows.table, self._rows.eligible, self._rows.has_ids)
-
-    def wait(self) -> None:
-        """Waits for everybody's part.
-
-        Raises:
-            EpmeshError: the calls do not agree, or a member refused: the same on all members.
-        """
-        try:
-            if self._door is None:
-                self._await_device()
-            if self._door is not None:
-                self._pass_door()
-        except BaseException:
-            if self._lane is not None:
-                self._lane.abort(self._stamp)
-            raise
-
-    def assemble(self) -> list[torch.Tensor]:
-        """All received rows, by source rank, then source row, in new tensors."""
-        assert self._lane is not None
-        assert self._sent is not None
-        assert self._rows is not None
-        self.counts = self._lane.counts(self._stamp)
-        self._owner.settled(self, self._sent)
-        with self._owner.on_stream():
-            return self._lane.take(self._rows, self._sent, sum(self.counts), self._stamp)
-
-    def relayed(self) -> dict[int, Relayed]:
-        """Nothing: the group is inside one node."""
-        return {}
-
-    def _launch(self, lane: Lane, rows: Rows) -> None:
-        digest = signature(f"{self._call.method} {self._call.arguments}")
-        self._lane = lane
-        self._sent = lane.dispatch(rows, digest, stamp=self._stamp)
-        lane.index_rows(self._sent, self._stamp)
-
-    def _open_door(self) -> None:
-        """Posts the call, or why this rank's ids cannot be routed."""
-        if self._lane is not None:
-            self._lane.abort(self._stamp)  # first: looking at the ids waits for the device
-        if self._rows is not None:
-            try:
-                with refusals():
-                    self._owner.check_ids(self._rows)
-            except EpmeshError as exc:
-                self._call.refusal.CopyFrom(exc.to_proto())
-        self._call.numbers.extend(self._owner.needs(self._rows))
-        self._door = DispatchStage(self._member, self.sequence, [], None)
-        self._door.post(self._call)
-
-    def _pass_door(self) -> None:
-        """Compares all calls, and launches once there is memory for them."""
-        assert self._door is not None
-        calls = self._door.wait()
-        assert self._rows is not None  # its refusal was raised on all ranks
-        self._door, self._passed = None, True
-        with self._owner.on_stream():
-            self._launch(self._owner.form_exact(calls, self._rows, self.sequence), self._rows)
-        self._await_device()
-
-    def _await_device(self) -> None:
-        """Waits for the kernel, or for a member at the host's door."""
-        lane, member = self._lane, self._member
-        assert lane is not None
-        flags, flag = member.buffers.recv_flags(self.sequence), np.uint64(self._stamp)
-
-        def ready() -> bool:
-            until = time.perf_counter() + _SPIN_S
-            while time.perf_counter() < until:
-                if lane.outcome(self._stamp)[0]:
-                    return True
-            return not self._passed and bool((flags == flag).any())
-
-        deadline = time.monotonic() + member.timeout_s + _HOST_GRACE_S
-        member.wait_until(ready, self.sequence, deadline, self._others, _POLL_S)
-        done, report = lane.outcome(self._stamp)
-        if report is not None:
-            self._heed(report)
-        elif not done:
-            self._open_door()
-        else:
-            self._owner.hear(self.sequence)
-
-    def _heed(self, report: Report) -> None:
-        member = self._member
-        position = member.topology.local[report.source]
-        if report.code is Code.LATE:
-            raise member.give_up(self.sequence, [position])
-        if report.code in (Code.ABORTED, Code.AHEAD):
-            deadline = time.monotonic() + _NEWS_S
-            member.wait_until(lambda: False, self.sequence, deadline, lambda: [position])
-        elif self._passed:
-            raise error_of(report, self._owner.rank_of(report), self._call.method)
-        else:
-            self._open_door()  # calls differ, or ids cannot be routed; whose, all hear there
-
-    def _others(self) -> list[int]:
-        topology = self._member.topology
-        return [position for position in topology.local if position != topology.me]
-
-
-class CudaWayBack:
-    """One exact combine on one rank; nobody waits for it on the host."""
-
-    bytes_sent = floor_bytes = 0
-
-    def __init__(self, owner: CudaExchange, exchange: OpenExchange, hidden_states: torch.Tensor, sent: Sent) -> None:
-        self._owner, self._exchange, self._hidden, self._sent = owner, exchange, hidden_states, sent
-
-    def post(self, is_sequence_parallel: bool, output: torch.Tensor | None) -> None:
-        """Launches; a refusal is raised here, and by a later call on the others."""
-        lane = self._owner.exact
-        if lane is None:
-            raise InvalidRequest(f"exchange {self._exchange.sequence} is not open any more; dispatch again")
-        self._owner.hear(self._exchange.sequence)
-        flag = self._owner.member.flag(self._exchange.sequence)
-        arguments = self._hidden, is_sequence_parallel, output
-        self._result = _combine(self._owner, self._exchange, lane, *arguments, self._sent, flag)
-
-    def collect(self) -> torch.Tensor:
-        """``[num_tokens, hidden]``, once the device is done."""
-        return self._result
-
-
-def _combine(
-    owner: CudaExchange,
-    exchange: OpenExchange,
-    lane: Lane,
-    hidden_states: torch.Tensor,
-    is_sequence_parallel: bool,
-    output: torch.Tensor | None,
-    sent: Sent,
-    flag: int,
-) -> torch.Tensor:
-    """Launches a combine, or a refusal of it."""
-    try:
-        with refusals():
-            sizes = owner.member.view.tensor_parallel_size
-            text = exchange.check_results(hidden_states, output, is_sequence_parallel, sizes)
-            if not hidden_states.shape[1]:
-                raise InvalidRequest("results without columns; there must be at least one on a GPU")
-            lane.check_results(row_bytes(hidden_states))
-    except EpmeshError:
-        nothing = torch.zeros((0, 1), device=owner.device)
-        if not torch.cuda.is_current_stream_capturing():
-            lane.combine(nothing, sent, 0, stamp=flag, slot=exchange.slot, refused=True, phases=(True, False))
-            if lane.counted:
-                owner._drop_static()
-        raise
-    into = output if output is not None and output.is_contiguous() else None
-    result = lane.combine(
-        hidden_states.contiguous(), sent, signature(text), stamp=flag, slot=exchange.slot, output=into
-    )
-    return result if output is None or into is not None else output.copy_(result)
+def _takes(output: torch.Tensor, hidden_states: torch.Tensor, call: PreparedDispatch, index: int) -> bool:
+    """Whether sums can be written straight into `output`."""
+    wanted = (call.layout.num_tokens, hidden_states.shape[1])
+    return output.shape == wanted and output.dtype == hidden_states.dtype and movable(output, index)
 
 
 def _plan(calls: Mapping[int, Call], rows: Rows, most_rows: int) -> ArenaPlan:

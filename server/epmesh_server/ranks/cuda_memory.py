@@ -7,15 +7,14 @@ Memory that a peer has mapped stays until it is unmapped, also when its owner is
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import struct
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from epmesh.errors import InvalidRequest
+from epmesh_server.kernels.driver import call
 
 _HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
@@ -24,22 +23,6 @@ _MESSAGE = struct.Struct(f"<qQ{_HANDLE_BYTES}s")  # process, address, handle
 
 class _Handle(ctypes.Structure):
     _fields_ = (("data", ctypes.c_byte * _HANDLE_BYTES),)
-
-
-@functools.cache
-def _driver() -> Any:
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError as exc:
-        raise InvalidRequest(f"CUDA's driver library cannot be loaded: {exc}; use device='cpu'") from exc
-
-
-def _call(name: str, *args: Any) -> None:
-    code = getattr(_driver(), name)(*args)
-    if code:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(code, ctypes.byref(text))
-        raise InvalidRequest(f"{name}: {(text.value or b'unknown error').decode()} (CUDA error {code})")
 
 
 @dataclass(frozen=True)
@@ -86,16 +69,16 @@ class OwnMemory:
             free, _ = torch.cuda.mem_get_info()
             if size > free:
                 raise InvalidRequest(f"{size} bytes to share on {device}, {free} are free; send fewer rows at once")
-            _call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+            call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
             self.address = address.value or 0
-            _call("cuMemsetD8_v2", ctypes.c_uint64(self.address), ctypes.c_ubyte(0), ctypes.c_size_t(size))
+            call("cuMemsetD8_v2", ctypes.c_uint64(self.address), ctypes.c_ubyte(0), ctypes.c_size_t(size))
             torch.cuda.synchronize()
 
     def share(self) -> Shared:
         """For other processes."""
         handle = _Handle()
         with torch.cuda.device(self._device):
-            _call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(self.address))
+            call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(self.address))
         return Shared(os.getpid(), self.address, bytes(handle))
 
     def close(self) -> None:
@@ -103,7 +86,7 @@ class OwnMemory:
         if self.address:
             with torch.cuda.device(self._device):
                 torch.cuda.synchronize()
-                _call("cuMemFree_v2", ctypes.c_uint64(self.address))
+                call("cuMemFree_v2", ctypes.c_uint64(self.address))
             self.address = 0
 
 
@@ -128,7 +111,7 @@ class PeerMemory:
             with torch.cuda.device(device):
                 torch.cuda.synchronize()
                 handle = _Handle.from_buffer_copy(shared.handle)
-                _call("cuIpcOpenMemHandle_v2", ctypes.byref(address), handle, ctypes.c_uint(_LAZY_PEER_ACCESS))
+                call("cuIpcOpenMemHandle_v2", ctypes.byref(address), handle, ctypes.c_uint(_LAZY_PEER_ACCESS))
             self.address = address.value or 0
 
     def close(self) -> None:
@@ -137,4 +120,4 @@ class PeerMemory:
             self._mapped = False
             with torch.cuda.device(self._device):
                 torch.cuda.synchronize()
-                _call("cuIpcCloseMemHandle", ctypes.c_uint64(self.address))
+                call("cuIpcCloseMemHandle", ctypes.c_uint64(self.address))
