@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from epmesh.v1 import membership_service_pb2 as membership
 from epmesh_server.access import check_node
 from epmesh_server.coordinator.engine import Engine
 from epmesh_server.coordinator.outbox import Outbox
+from epmesh_server.coordinator.peers import check_advertised
 from epmesh_server.coordinator.settings import CoordinatorSettings
 from epmesh_server.coordinator.wire import (
     command_to_proto,
@@ -32,9 +34,11 @@ from epmesh_server.secure_server import caller_of
 
 _HELLO_TIMEOUT_S = 5.0
 _FLUSH_TIMEOUT_S = 1.0
+_MAX_ODD = 256
 # A stream that breaks looks for a moment like one whose client said that it is done.
 _BROKEN_TOO_S = 0.1
 
+_log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
 
@@ -62,6 +66,7 @@ class Services:
         self._settings = settings
         self._mesh_id = mesh_id
         self._encode = Encoder()
+        self._odd: set[str] = set()  # addresses that were complained about
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         """What to add to a server. Not by the generated functions: views are sent as bytes that are encoded already."""
@@ -100,6 +105,7 @@ class Services:
         """Gives a node its slot and lease."""
         slot = request.slot if request.HasField("slot") else None
         await _refuse_impostor(context, request.node_id)
+        await self._look_at_address(context, request)
 
         def event(call: int) -> Event:
             return RegisterNode(call, registration_from_proto(request), slot)
@@ -113,6 +119,15 @@ class Services:
             heartbeat_interval_s=self._settings.heartbeat_interval_s,
             lease_s=self._settings.lease_s,
         )
+
+    async def _look_at_address(self, context: Context, request: membership.RegisterNodeRequest) -> None:
+        try:
+            odd = check_advertised(request.node_id, request.address, context.peer())
+        except InvalidRequest as error:
+            await abort(context, error)
+        if odd is not None and odd not in self._odd:
+            self._odd = {*list(self._odd)[-_MAX_ODD:], odd}
+            _log.warning("register.odd: %s", odd)
 
     async def node_session(self, requests: AsyncIterator[membership.NodeSessionRequest], context: Context) -> None:
         """A node's control stream."""

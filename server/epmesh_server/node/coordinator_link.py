@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
 import grpc
@@ -89,8 +89,11 @@ class CoordinatorLink:
         """Whether there is a control stream."""
         return self._session is not None
 
-    async def run(self, identity: Identity) -> None:
+    async def run(self, present: Callable[[], Awaitable[Identity]]) -> None:
         """Registers and serves sessions until cancelled, or until it left.
+
+        Args:
+            present: says who the node is, anew for every registration; an `EpmeshError` of it is tried again.
 
         Raises:
             InvalidRequest, Unauthenticated: the coordinator will never accept this node.
@@ -101,6 +104,7 @@ class CoordinatorLink:
         try:
             while not self._leaving.is_set():
                 try:
+                    identity = await present()
                     registration = await self._register(identity)
                     complaint.over()
                     backoff_s = _FIRST_BACKOFF_S

@@ -8,12 +8,13 @@ import logging
 import secrets
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from epmesh.addresses import ANY_HOST, has_port, join_address, split_address
+from epmesh.addresses import join_address, split_address
 from epmesh.channels import UNIX_PREFIX, open_aio_channel
 from epmesh.curve import KeyPair
 from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable
@@ -29,6 +30,7 @@ from epmesh.v1 import (
 from epmesh.version import VERSION
 from epmesh_server.access import NODE_ACCESS, Role
 from epmesh_server.exposure import warn_if_exposed
+from epmesh_server.node.advertising import advertised_address, choose_address, wants_route
 from epmesh_server.node.buffers import BufferPool
 from epmesh_server.node.client_keys import ClientKeyTable
 from epmesh_server.node.commands import Commands
@@ -164,7 +166,7 @@ class Node:
             EpmeshError: the coordinator refused the node for good.
         """
         expiring = asyncio.create_task(self._client_keys.expire())
-        following = asyncio.create_task(self._link.run(self._identity))
+        following = asyncio.create_task(self._link.run(self._present))
         stopped = asyncio.create_task(stop.wait())
         serving = asyncio.create_task(self._report_health())
         tasks = (following, stopped, serving, expiring)
@@ -187,6 +189,16 @@ class Node:
         await asyncio.gather(*(server.stop(_STOP_GRACE_S) for server in self._servers))
         await self._exit.aclose()
         _log.info("node %s: stop.complete", self._identity.node_id)
+
+    async def _present(self) -> Identity:
+        """Who the node is, with the address that is right now."""
+        _, port = split_address(self._identity.address, "advertise")
+        if wants_route(self._settings):
+            address = await advertised_address(self._settings, port)
+            if address != self._identity.address:
+                _log.info("node %s: others reach it at %s", self._identity.node_id, address)
+                self._identity = replace(self._identity, address=address)
+        return self._identity
 
     def describe(self) -> rank_service_pb2.DescribeNodeResponse:
         """Who the node is and where its unix sockets are."""
@@ -215,7 +227,7 @@ class Node:
         self._add_services(server, RankService(self.describe, None, self._board))
         port = _bind(server, join_address(settings.host, settings.port), settings.tls)
         bound = join_address(settings.host, port)
-        self._identity = _identity(settings, bound, port, self._identity.incarnation)
+        self._identity = _identity(settings, port, self._identity.incarnation)
         await self._begin(server)
         return bound
 
@@ -270,17 +282,14 @@ def _bind(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
         ) from exc
 
 
-def _identity(settings: NodeSettings, bound: str, port: int, incarnation: int) -> Identity:
-    hostname = socket.gethostname()
-    advertise = settings.advertise or (hostname if settings.host in ANY_HOST else bound)
+def _identity(settings: NodeSettings, port: int, incarnation: int) -> Identity:
     node_id = settings.node_id
     if settings.tls is not None:
         node_id = check_own_certificate(settings.tls, Role.NODE, node_id)
-    address = advertise if has_port(advertise) else join_address(advertise, port)
     return Identity(
-        node_id=node_id or f"{hostname}:{port}",
+        node_id=node_id or f"{socket.gethostname()}:{port}",
         incarnation=incarnation,
-        address=address,
+        address=choose_address(settings, port, ()),
         version=VERSION,
         slot=settings.slot,
         curve=settings.curve,
