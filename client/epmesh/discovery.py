@@ -13,6 +13,7 @@ from typing import Self
 
 from epmesh.addresses import parse_addresses
 from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, NotReady, Unauthenticated
+from epmesh.front import check_timeout
 from epmesh.mesh_state import MeshState
 from epmesh.placement import Placement
 from epmesh.tls import Tls, TlsFiles, tls_files
@@ -40,7 +41,7 @@ def connect(address: str | Sequence[str], *, timeout_s: float = 10.0, tls: Tls |
         InvalidRequest: an argument is malformed, or the services have another major or minor version, or say none.
     """
     addresses = parse_addresses(address, "address")
-    _check_timeout(timeout_s)
+    check_timeout(timeout_s, "timeout_s", math.inf)
     mesh = Mesh(addresses, tls_files(tls))
     try:
         mesh._wait_first_answer(timeout_s)
@@ -137,7 +138,7 @@ class Mesh:
             MeshUnavailable: the same, and no service can be reached; or the `Mesh` is closed.
             InvalidRequest: `timeout_s` is no positive number.
         """
-        _check_timeout(timeout_s)
+        check_timeout(timeout_s, "timeout_s", math.inf)
         deadline = time.monotonic() + timeout_s
         epoch, mesh_id = 0, ""
         while (view := self._state.wait_after(epoch, mesh_id, max(0.0, deadline - time.monotonic()))) is not None:
@@ -253,11 +254,6 @@ def _end(state: MeshState, reader: ViewReader, owner: int) -> None:
     if os.getpid() == owner:  # a forked child has neither the thread nor a right to the connection
         state.close()
         reader.close()
-
-
-def _check_timeout(timeout_s: object) -> None:
-    if not (isinstance(timeout_s, int | float) and math.isfinite(timeout_s) and timeout_s > 0):
-        raise InvalidRequest(f"timeout_s is {timeout_s!r}; it must be a positive number of seconds")
 
 
 def _check_epoch(epoch: object) -> None:

@@ -93,15 +93,16 @@ def check_frames(
     return views
 
 
-def check_timeout(value: object, name: str) -> None:
+def check_timeout(value: object, name: str, most_s: float = MAX_TIMEOUT_S) -> None:
     """Refuses what is no deadline.
 
     Raises:
-        InvalidRequest: it is not a number of seconds above 0, or one that is too large.
+        InvalidRequest: it is not a number of seconds above 0, or larger than `most_s`, or than every number.
     """
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not 0 < value <= MAX_TIMEOUT_S:  # type: ignore[operator]
-        raise InvalidRequest(f"{name} is {value!r}; it must be above 0 and at most {MAX_TIMEOUT_S:g} seconds")
+    if not good or not 0 < value <= most_s:  # type: ignore[operator]
+        most = f" and at most {most_s:g}" if math.isfinite(most_s) else ""
+        raise InvalidRequest(f"{name} is {value!r}; it must be above 0{most} seconds")
 
 
 class FrontClient:

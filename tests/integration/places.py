@@ -22,7 +22,7 @@ _UNSHARE = ("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-c
 _SHELL = r"""
 set -euo pipefail
 ip link set lo up
-net() { ip link add "$1" type veth peer name "$1-peer"; ip address add "$2" dev "$1" nodad
+net() { ip link add "$1" type veth peer name "$1-peer"; ip address add "$2" dev "$1" $([[ $2 != *:* ]] || echo nodad)
         ip link set "$1" up; ip link set "$1-peer" up; }
 nobody() { ip neighbour replace "$2" lladdr 02:00:00:00:00:99 dev "$1" nud permanent; }
 named() { printf '%s\n' "$@" > "$PLACE/hosts"; mount --bind "$PLACE/hosts" /etc/hosts; }

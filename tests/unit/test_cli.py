@@ -299,6 +299,19 @@ def test_a_coordinator_out_of_reach_is_said() -> None:
     assert "the coordinator at 10.0.0.9:7401 is out of reach of left" in shown
 
 
+@pytest.mark.parametrize(
+    ("address", "exposed"), [("10.0.0.2:7400", True), ("node-0:7400", True), ("127.0.0.1:7400", False)]
+)
+def test_a_mesh_that_anybody_may_join_is_said(address: str, exposed: bool) -> None:
+    view = View("m", 1, 1, 8, nodes=(NodeInfo(0, "a", 1, address, ()),))
+    shown = []
+    for authenticated in (False, True):
+        console = Console(file=io.StringIO(), width=140)
+        console.print(view_as_tables(view, authenticated=authenticated))
+        shown.append(f"nothing authenticates callers at {address}" in console.file.getvalue())  # type: ignore[attr-defined]
+    assert shown == [exposed, False]
+
+
 def test_before_the_first_view_that_is_said() -> None:
     console = Console(file=io.StringIO(), width=140)
     console.print(view_as_tables(View("", 0, 0, 0)))

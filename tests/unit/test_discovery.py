@@ -130,7 +130,7 @@ def test_malformed_addresses_are_refused(address: Any) -> None:
         epmesh.connect(address)
 
 
-@pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf"), "1", None])
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf"), True, "1", None])
 def test_a_timeout_that_is_none_is_refused(service: FakeService, timeout_s: Any) -> None:
     with pytest.raises(InvalidRequest, match="timeout_s"):
         epmesh.connect(service.address, timeout_s=timeout_s)

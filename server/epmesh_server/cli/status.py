@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import grpc
 from rich.console import Console, Group, RenderableType
@@ -41,7 +42,7 @@ def show(address: str, *, as_json: bool, watch: bool, tls: TlsFiles | None = Non
     with contextlib.suppress(KeyboardInterrupt):
         if watch:
             with connect(address, timeout_s=_TIMEOUT_S, tls=tls) as mesh:
-                _show_all(mesh, as_json=as_json)
+                _show_all(mesh, authenticated=tls is not None, as_json=as_json)
         else:
             with open_channel(address, tls=tls) as channel:
                 _show_one(channel, address, tls, as_json=as_json)
@@ -51,19 +52,19 @@ def _show_one(channel: grpc.Channel, address: str, tls: TlsFiles | None, *, as_j
     view = _get_view(discovery_service_pb2_grpc.DiscoveryServiceStub(channel), address, tls)
     waits = read_waits(view, partial(open_channel, tls=tls), _TIMEOUT_S)
     if as_json:
-        print(json.dumps({**view_as_dict(view), "waits": waits.as_dict()}), flush=True)
+        _print_json([view], tls is not None, waits=waits.as_dict())
     else:
         # A line that is wider than the terminal is the terminal's to wrap: then it is still one when it is copied.
-        _console().print(view_as_tables(view, _describe(channel), waits), crop=False)
+        _console().print(view_as_tables(view, _describe(channel), waits, authenticated=tls is not None), crop=False)
 
 
-def _show_all(mesh: Mesh, *, as_json: bool) -> None:
+def _show_all(mesh: Mesh, *, authenticated: bool, as_json: bool) -> None:
     first = mesh.view  # of epoch 0 perhaps, which `watch` would leave out
     views = itertools.chain([first], mesh.watch(after_epoch=first.epoch))
     if as_json:
-        _print_json(views)
+        _print_json(views, authenticated)
     else:
-        _live(views)
+        _live(views, authenticated)
 
 
 def _describe(channel: grpc.Channel) -> rank_service_pb2.DescribeNodeResponse | None:
@@ -91,15 +92,15 @@ def _typed(error: grpc.RpcError, address: str, tls: TlsFiles | None) -> EpmeshEr
     return typed
 
 
-def _print_json(views: Iterable[View]) -> None:
+def _print_json(views: Iterable[View], authenticated: bool, **more: Any) -> None:
     for view in views:
-        print(json.dumps(view_as_dict(view)), flush=True)
+        print(json.dumps({**view_as_dict(view), "authenticated": authenticated, **more}), flush=True)
 
 
-def _live(views: Iterable[View]) -> None:
+def _live(views: Iterable[View], authenticated: bool) -> None:
     with Live(console=_console(), auto_refresh=False) as live:
         for view in views:
-            live.update(_framed(view), refresh=True)
+            live.update(_framed(view, authenticated), refresh=True)
 
 
 def _console() -> Console:
@@ -107,5 +108,5 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _NO_LIMIT)
 
 
-def _framed(view: View) -> RenderableType:
-    return Group(view_as_tables(view), "watching; Ctrl-C ends it")
+def _framed(view: View, authenticated: bool) -> RenderableType:
+    return Group(view_as_tables(view, authenticated=authenticated), "watching; Ctrl-C ends it")

@@ -11,6 +11,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
+from epmesh.addresses import is_loopback, split_address
 from epmesh.placement import Placement
 from epmesh.v1 import rank_service_pb2
 from epmesh.view import NodeInfo, RankInfo, RankMode, View
@@ -52,15 +53,29 @@ def view_as_dict(view: View) -> dict[str, Any]:
 
 
 def view_as_tables(
-    view: View, node: rank_service_pb2.DescribeNodeResponse | None = None, waits: Waits | None = None
+    view: View,
+    node: rank_service_pb2.DescribeNodeResponse | None = None,
+    waits: Waits | None = None,
+    *,
+    authenticated: bool = True,
 ) -> RenderableType:
-    """The view for a terminal; `node` is the node service that was asked, where it was one; `waits` say who is slow."""
+    """The view for a terminal.
+
+    Args:
+        node: the node service that was asked, where it was one.
+        waits: who is slow.
+        authenticated: whether the service that was asked wants to know who calls.
+    """
     head = Text.assemble(
         ("epoch ", "dim"), str(view.epoch), ("   nodes ", "dim"), str(len(view.nodes)), ("   ranks ", "dim"),
         str(len(view.ranks)), ("   stride ", "dim"), str(view.stride), ("   mesh ", "dim"), view.mesh_id,
     )  # fmt: skip
     parts: list[RenderableType] = [head, _NoNarrower(_rank_table(view, waits)), _group_table(view)]
     parts += [Text(line, style="bold red") for line in _warnings(view, node)]
+    if not authenticated and (open_to_all := exposed(view)):
+        parts.append(
+            Text(f"nothing authenticates callers at {', '.join(open_to_all)} (--insecure): anybody may join", "yellow")
+        )
     return Group(*parts)
 
 
@@ -79,6 +94,11 @@ def orphans(view: View, placement: Placement, mode: RankMode | None = None) -> l
     """Experts that no living rank holds; of those in `mode`, where one is given."""
     living = {rank for rank, info in view.ranks.items() if mode in (None, info.mode)}
     return [expert for expert, ranks in enumerate(placement.holders) if not any(rank in living for rank in ranks)]
+
+
+def exposed(view: View) -> list[str]:
+    """Addresses of nodes that other hosts may reach."""
+    return [node.address for node in view.nodes if not is_loopback(split_address(node.address, "address")[0])]
 
 
 class _NoNarrower:
