@@ -5,6 +5,8 @@ Servers take `COMMON` and `KEEPALIVE` too, for both ends of a connection must ag
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import grpc
 import grpc.aio
 
@@ -44,6 +46,14 @@ ONE_TRY_OPTIONS: Options = (
     # Else a stream opened just as the server stops may wait for ever for a second chance (seen with 1.85).
     ("grpc.enable_retries", 0),
 )
+
+
+@dataclass(frozen=True)
+class NodeAddress:
+    """Where a node service is, and the name its certificate must have."""
+
+    address: str
+    server: str = SERVICE_NAME
 
 
 def open_channel(

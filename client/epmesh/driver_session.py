@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,10 +18,10 @@ import grpc
 
 from epmesh import errors
 from epmesh.addresses import split_address
-from epmesh.channels import open_channel
+from epmesh.channels import NodeAddress, open_channel
 from epmesh.driver_memory import DriverMemory
 from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, NotReady
-from epmesh.tls import SERVICE_NAME, TlsFiles, node_name
+from epmesh.tls import TlsFiles, node_name
 from epmesh.tls_refusals import explained
 from epmesh.v1 import (
     communicator_service_pb2,
@@ -60,13 +59,13 @@ class DriverSession:
             MeshUnavailable: the node service did not answer within `timeout_s`.
         """
         self.rank = rank
-        self._address = address = node.address
+        self.node, self.tls = node, tls
         self._lock = threading.Lock()  # guards what follows
         self._error: EpmeshError | None = None
         self._watchers: dict[int, Callable[[], object]] = {}
         self._detached = False
         self._under_way = 0
-        self.channel = open_channel(address, tls=tls, server=node.server)
+        self.channel = open_channel(node.address, tls=tls, server=node.server)
         self._stub = communicator_service_pb2_grpc.CommunicatorServiceStub(self.channel)
         request = communicator_service_pb2.AttachRankRequest(rank=rank, driver=driver, version=VERSION)
         self._granted: Future[communicator_service_pb2.AttachRankResponse] = Future()
@@ -206,7 +205,7 @@ class DriverSession:
                 if not self._granted.done():
                     self._granted.set_result(granted)
         except grpc.RpcError as exc:
-            error = errors.from_rpc_error(exc, f"AttachRank at {self._address}")
+            error = errors.from_rpc_error(exc, f"AttachRank at {self.node.address}")
         self._end(error)
 
     def _end(self, error: EpmeshError) -> None:
@@ -219,14 +218,6 @@ class DriverSession:
             _log.warning("rank=%d driver.ended: %s", self.rank, error)
         for on_end in watchers:
             on_end()
-
-
-@dataclass(frozen=True)
-class NodeAddress:
-    """Where a node service is, and the name its certificate must have."""
-
-    address: str
-    server: str = SERVICE_NAME
 
 
 def open_session(address: str, rank: int, driver: str, timeout_s: float, tls: TlsFiles | None = None) -> DriverSession:

@@ -84,8 +84,10 @@ class FrontTransport(DriverTransport):
         self.name = "zmq" if memory is None else "shm"
         self._session = session
         self._memory = memory
-        self._client = FrontClient(granted.mesh_id)
-        self._peer = FrontPeer(session.rank, granted.incarnation, granted.front_endpoint)
+        self._client = FrontClient(granted.mesh_id, tls=session.tls)
+        self._peer = FrontPeer(
+            session.rank, granted.incarnation, granted.front_endpoint, granted.curve_key, session.node
+        )
         self.settle_s = 0.0
         self._lock = threading.Lock()  # guards _read
         self._read: list[int] = []  # places in the rank's half that were read, and not given back yet

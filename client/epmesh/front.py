@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import queue
+import socket
 import threading
 import time
 import weakref
@@ -26,8 +27,12 @@ from google.protobuf.message import DecodeError
 from zmq.utils.monitor import recv_monitor_message
 
 from epmesh import errors
-from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, PeerLost
+from epmesh.channels import NodeAddress
+from epmesh.curve import KeyPair, secure_client
+from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, PeerLost, Unauthenticated
 from epmesh.frames import MAX_HEADER_BYTES, MAX_TENSORS, Buffer, num_bytes
+from epmesh.key_leases import KeyLeases
+from epmesh.tls import TlsFiles
 from epmesh.v1 import front_pb2
 
 _log = logging.getLogger(__name__)
@@ -38,16 +43,22 @@ INLINE = -1  # in `places`: the tensor is a frame of the message
 _CONNECT_WITHIN_S = 1.5
 MAX_TIMEOUT_S = 3600.0
 _LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-_WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | _LOST
+_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+_WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | _REFUSED | _LOST
 
 
 @dataclass(frozen=True)
 class FrontPeer:
-    """A rank's front: global rank, incarnation, and ZeroMQ endpoint."""
+    """A rank's front: global rank, incarnation, and ZeroMQ endpoint.
+
+    `curve_key` is its public key, empty without CURVE; `node` is its node service, where a client leases its own key.
+    """
 
     rank: int
     incarnation: int
     endpoint: str
+    curve_key: bytes = b""
+    node: NodeAddress | None = None
 
 
 @dataclass(frozen=True)
@@ -108,9 +119,14 @@ def check_timeout(value: object, name: str, most_s: float = MAX_TIMEOUT_S) -> No
 class FrontClient:
     """Makes requests to ranks' fronts. Any thread may call; one thread of its own does all that waits."""
 
-    def __init__(self, mesh_id: str) -> None:
-        """Connects to nobody yet."""
-        self._core = _Core(mesh_id)
+    def __init__(self, mesh_id: str, *, pair: KeyPair | None = None, tls: TlsFiles | None = None) -> None:
+        """Connects to nobody yet.
+
+        Args:
+            pair: keys that fronts with CURVE admit anyway; `None`: a pair of its own, leased where it connects to.
+            tls: what this process shows itself with there.
+        """
+        self._core = _Core(mesh_id, pair, tls)
         self._finalizer = weakref.finalize(self, _Core.close, self._core)
 
     def call(
@@ -156,15 +172,18 @@ class _Pending:
 class _Connection:
     """One DEALER with its monitor."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], peer: FrontPeer) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], peer: FrontPeer, pair: KeyPair | None) -> None:
         self.peer = peer
+        self.refused = False  # whether the front does not admit our key
         self.pending: dict[int, _Pending] = {}
         self.up_by: float | None = time.monotonic() + _CONNECT_WITHIN_S  # None once hands were shaken
         self.socket = context.socket(zmq.DEALER)
         try:
             configure_front_socket(self.socket)
+            if pair is not None:
+                secure_client(self.socket, pair, peer.curve_key)
             self.monitor = self.socket.get_monitor_socket(_WATCHED)
-        except zmq.ZMQError:
+        except (zmq.ZMQError, InvalidRequest):
             self.socket.close(0)
             raise
         try:
@@ -180,6 +199,7 @@ class _Connection:
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.up_by = None
             else:
+                self.refused = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
                 return True
         return False
 
@@ -192,8 +212,11 @@ class _Connection:
 class _Core:
     """The thread behind a `FrontClient`. Other threads only queue commands."""
 
-    def __init__(self, mesh_id: str) -> None:
+    def __init__(self, mesh_id: str, pair: KeyPair | None, tls: TlsFiles | None) -> None:
         self._mesh_id = mesh_id
+        self._tls = tls
+        self._pair = pair
+        self._leases: KeyLeases | None = None  # the thread's; where the keys are of our own making
         self._numbers = itertools.count(1)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards _closed, and the thread's start
@@ -268,20 +291,27 @@ class _Core:
             for connection in list(self._connections.values()):
                 if connection.socket in ready:
                     self._receive(connection)
-                if connection.monitor in ready and connection.lost():
-                    self._drop(connection, "its connection broke")
+                here = connection.peer in self._connections  # an answer may have ended it
+                if here and connection.monitor in ready and connection.lost():
+                    self._drop(connection, "its connection broke", self._refusal(connection))
+            if self._leases is not None:
+                self._leases.tend(time.monotonic())
             self._expire(time.monotonic())
             self._drop_unanswered(time.monotonic())
         for connection in list(self._connections.values()):
             self._drop(connection, "", MeshUnavailable("this client was closed"))
         while not self._commands.empty():  # requests that were queued before the end
             self._commands.get_nowait()()
+        if self._leases is not None:
+            self._leases.close()
         with self._lock:  # `close` has written to the descriptor by then
             self._release()
 
     def _timeout_ms(self) -> int | None:
         soonest = [self._deadlines[0][0]] if self._deadlines else []
         soonest += [connection.up_by for connection in self._connections.values() if connection.up_by is not None]
+        lease_due = self._leases.due() if self._leases is not None else None
+        soonest += [] if lease_due is None else [lease_due]
         return max(0, int((min(soonest) - time.monotonic()) * 1000) + 1) if soonest else None
 
     def _run_commands(self) -> None:
@@ -311,13 +341,47 @@ class _Core:
         heapq.heappush(self._deadlines, (pending.deadline, pending.number, pending.peer))
 
     def _connect(self, peer: FrontPeer) -> _Connection:
-        connection = self._connections[peer] = _Connection(self._context, peer)
+        pair = self._keys_for(peer)
+        self._lease(peer)
+        try:
+            connection = self._connections[peer] = _Connection(self._context, peer, pair)
+        except BaseException:
+            self._unlease(peer)
+            raise
         self._poller.register(connection.socket, zmq.POLLIN)
         self._poller.register(connection.monitor, zmq.POLLIN)
         return connection
 
+    def _keys_for(self, peer: FrontPeer) -> KeyPair | None:
+        """The keys to connect with; `None` to one without CURVE."""
+        if not peer.curve_key:
+            return None
+        if self._pair is None:
+            self._pair = KeyPair.generate()
+            self._leases = KeyLeases(self._pair, f"process {os.getpid()} on {socket.gethostname()}", self._tls)
+        return self._pair
+
+    def _lease(self, peer: FrontPeer) -> None:
+        if self._leases is not None and peer.curve_key and peer.node is not None:
+            self._leases.use(peer.node)
+
+    def _unlease(self, peer: FrontPeer) -> None:
+        if self._leases is not None and peer.curve_key and peer.node is not None:
+            self._leases.unuse(peer.node)
+
+    def _refusal(self, connection: _Connection) -> EpmeshError | None:
+        """What it means that a front does not admit our key; `None` where it may in a moment: no lease came about."""
+        if not connection.refused:
+            return None
+        peer = connection.peer
+        leases, node = self._leases, peer.node
+        error = leases.error(node) if leases is not None and node is not None else None
+        if error is not None:
+            return None if isinstance(error, MeshUnavailable | DeadlineExceeded) else error
+        return Unauthenticated(f"rank {peer.rank} at {peer.endpoint} does not admit this client's CURVE key")
+
     def _receive(self, connection: _Connection) -> None:
-        while True:
+        while connection.peer in self._connections:
             try:
                 frames = connection.socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
             except zmq.Again:
@@ -334,7 +398,10 @@ class _Core:
         if pending is None:
             return  # given up before
         if response.HasField("error"):
-            _fail(pending.future, errors.from_proto(response.error))
+            error = errors.from_proto(response.error)
+            _fail(pending.future, error)
+            if isinstance(error, Unauthenticated) and connection.peer.curve_key:
+                self._drop(connection, "it holds this client's lease for over")  # the next connection has a new one
             return
         try:
             reply = FrontReply(response, check_frames(response, frames[1:]))
@@ -381,6 +448,7 @@ class _Core:
         """Closes a connection; the next request makes a new one."""
         peer = connection.peer
         del self._connections[peer]
+        self._unlease(peer)
         self._poller.unregister(connection.socket)
         self._poller.unregister(connection.monitor)
         connection.close()

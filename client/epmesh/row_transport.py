@@ -16,7 +16,7 @@ import grpc
 
 from epmesh import errors
 from epmesh.arrays import Rows
-from epmesh.channels import open_channel
+from epmesh.channels import NodeAddress, open_channel
 from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, PeerLost
 from epmesh.forward import NodeCall, Tokens
 from epmesh.frames import Buffer, num_bytes
@@ -68,7 +68,9 @@ class FrontRows:
 
     name = "zmq"
 
-    def __init__(self) -> None:
+    def __init__(self, tls: TlsFiles | None = None) -> None:
+        """Connects to nobody yet; `tls` is what this process shows itself with where it leases its key."""
+        self._tls = tls
         self._lock = threading.Lock()  # guards what follows
         self._client: FrontClient | None = None
         self._mesh_id = ""
@@ -81,7 +83,13 @@ class FrontRows:
             layer=call.layer, epoch=call.view.epoch, ranks=[info.rank for info in call.part.ranks]
         )
         request = front_pb2.FrontRequest(serve_rows=serve, tensors=metas)
-        peer = FrontPeer(call.entry.rank, call.entry.incarnation, call.entry.front_endpoint)
+        peer = FrontPeer(
+            call.entry.rank,
+            call.entry.incarnation,
+            call.entry.front_endpoint,
+            call.entry.curve_key,
+            NodeAddress(call.part.node.address, node_name(call.part.node.node_id)),
+        )
         return self._client_for(call.view.mesh_id).call(peer, request, buffers, timeout_s=timeout_s)
 
     def sums(self, call: NodeCall, done: Future[Any]) -> Rows:
@@ -106,7 +114,7 @@ class FrontRows:
                 raise MeshUnavailable("this router was closed; make another one")
             if self._client is not None and self._mesh_id == mesh_id:
                 return self._client
-            old, self._client, self._mesh_id = self._client, FrontClient(mesh_id), mesh_id
+            old, self._client, self._mesh_id = self._client, FrontClient(mesh_id, tls=self._tls), mesh_id
             client = self._client
         if old is not None:
             old.close()

@@ -85,6 +85,7 @@ NODE_ACCESS: Access = {
     "/epmesh.v1.GroupService/DestroyGroup": _DRIVERS,
     "/epmesh.v1.GroupService/SetExpertPlacement": _DRIVERS,
     "/epmesh.v1.RouterService/ForwardRows": _SENDERS,
+    "/epmesh.v1.KeyService/*": _SENDERS,
     "/epmesh.v1.CommunicatorService/*": _DRIVERS,
 }
 

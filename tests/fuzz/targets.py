@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import zmq
 from google.protobuf.message import DecodeError, Message
 
 from epmesh.addresses import parse_addresses, split_address
@@ -187,7 +188,7 @@ def front_requests(data: bytes) -> None:
     front = _front()
     for part in unpack(data):
         with suppress(EpmeshError):
-            front._take_in(b"nobody", list(unpack(part)))
+            front._take_in(zmq.Frame(b"nobody"), list(unpack(part)))
     while _escaped:
         raise _escaped.pop()
     assert front.open_requests == 0, "every request is answered"

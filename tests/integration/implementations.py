@@ -63,11 +63,13 @@ def start_local_mesh(shape: Shape, **options: Any) -> Iterator[Runner]:
         yield mesh.run
 
 
-def attached(transport: str, *shapes: Shape, tensor_parallel: tuple[Shape, ...] = ()) -> Implementation:
+def attached(
+    transport: str, *shapes: Shape, tensor_parallel: tuple[Shape, ...] = (), tls: bool = False
+) -> Implementation:
     """Hosted ranks, each with a driver in a process of its own."""
     return Implementation(
-        name=f"attach-{transport}",
-        start=functools.partial(start_local_mesh, hosted=True, transport=transport),
+        name=f"attach-{transport}{'-tls' if tls else ''}",
+        start=functools.partial(start_local_mesh, hosted=True, transport=transport, tls=tls),
         shapes=shapes,
         tensor_parallel_shapes=tensor_parallel,
         lacks={Feature.PROCESS_GROUPS: "an attached rank's process groups are in the process that hosts it"},
@@ -109,14 +111,15 @@ IMPLEMENTATIONS = (
         },
     ),
     Implementation(
-        name="join-curve",
-        start=functools.partial(start_local_mesh, curve=True),
+        name="join-tls",
+        start=functools.partial(start_local_mesh, tls=True),
         shapes=(Shape(2, 1), Shape(2, 2)),
     ),
     attached("shm", Shape(2, 2), tensor_parallel=(Shape(2, 2, 2),)),
     # Whatever is refused is refused alike over these two: test_attach.py compares every refusal with that of join.
     attached("zmq", Shape(2, 1)),
     attached("grpc", Shape(2, 1)),
+    attached("zmq", Shape(2, 1), tls=True),
     *((ON_GPU,) if torch.cuda.is_available() else ()),
 )
 

@@ -17,7 +17,8 @@ import pytest
 
 import epmesh
 from epmesh import Communicator, InvalidRequest, MeshUnavailable, PeerLost, Unauthenticated
-from epmesh.driver_session import DriverSession, NodeAddress
+from epmesh.channels import NodeAddress
+from epmesh.driver_session import DriverSession
 from epmesh.front import FrontClient, FrontPeer
 from epmesh.testing import LocalMesh
 from epmesh.v1 import front_pb2

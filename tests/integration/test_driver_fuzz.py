@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from epmesh.driver_session import DriverSession, NodeAddress
+from epmesh.channels import NodeAddress
+from epmesh.driver_session import DriverSession
 from epmesh.frames import ITEM_BYTES
 from epmesh.front import FrontClient, FrontPeer
 from epmesh.v1 import front_pb2

@@ -32,11 +32,19 @@ class Served:
     router: Router
 
 
-@pytest.fixture(scope="module", params=[(1, 1, None), (2, 2, None), (2, 2, REPLICATED)], ids=["1x1", "2x2", "replicas"])
+SHAPES = {
+    "1x1": (1, 1, None, False),
+    "2x2": (2, 2, None, False),
+    "replicas": (2, 2, REPLICATED, False),
+    "tls": (2, 2, None, True),
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES)
 def mesh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
-    nodes, ranks_per_node, experts = request.param
+    nodes, ranks_per_node, experts, tls = request.param
     stop = tmp_path_factory.mktemp("serve") / "stop"
-    with LocalMesh(nodes, ranks_per_node, num_experts=EXPERTS, experts=experts) as mesh:
+    with LocalMesh(nodes, ranks_per_node, num_experts=EXPERTS, experts=experts, tls=tls) as mesh:
         done = mesh.start(serve_works.serve, stop)
         wait_serving(mesh.view, list(range(nodes * ranks_per_node)))
         yield mesh
@@ -46,7 +54,7 @@ def mesh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module", params=["zmq", "grpc"])
 def served(request: pytest.FixtureRequest, mesh: LocalMesh) -> Iterator[Served]:
-    with Router(mesh.addresses, transport=request.param) as router:
+    with Router(mesh.addresses, transport=request.param, tls=mesh.tls) as router:
         yield Served(mesh, router)
 
 

@@ -11,6 +11,7 @@ from epmesh_server.hosted.factory import Experts, Factory
 
 if TYPE_CHECKING:
     from epmesh_server.ranks.communicator import JoinedCommunicator
+    from epmesh_server.ranks.curve_door import CurveDoor
     from epmesh_server.ranks.front import Front
 
 _log = logging.getLogger(__name__)
@@ -18,7 +19,13 @@ _DESCRIBE_WITHIN_S = 1e6  # the coordinator may be started whenever it pleases
 
 
 class Duty(Protocol):
-    """One of them. Called in this order for each membership; `close` ends whatever `open` began."""
+    """One of them. Called in this order for each membership; `close` ends whatever `open` began.
+
+    Attributes:
+        door: what `open` secured the front with; the rank's links then take the same keys.
+    """
+
+    door: CurveDoor | None
 
     def open(self) -> str:
         """Before joining: where the rank takes requests from then on; empty: nowhere yet."""
@@ -45,6 +52,7 @@ class Serve:
         self._factory = factory
         self._drain_s = drain_s
         self._experts: Experts | None = None
+        self.door: CurveDoor | None = None  # made when the rank joins, and the front has it then
 
     def open(self) -> str:
         """Nowhere yet."""
@@ -88,13 +96,17 @@ class Drive:
         """For a rank of the node service at `address`."""
         self._address = address
         self._front: Front | None = None
+        self.door: CurveDoor | None = None
 
     def open(self) -> str:
         """Binds the front, on the host that the rank's links have too."""
+        from epmesh_server.ranks.curve_door import CurveDoor
         from epmesh_server.ranks.front import Front
         from epmesh_server.ranks.session import describe_node
 
-        self._front = Front(describe_node(self._address, _DESCRIBE_WITHIN_S).link_host)
+        node = describe_node(self._address, _DESCRIBE_WITHIN_S)
+        self.door = CurveDoor(node.zap_socket) if node.curve else None
+        self._front = Front(node.link_host, door=self.door)
         return self._front.endpoint
 
     def prepare(self, comm: JoinedCommunicator) -> None:

@@ -27,6 +27,7 @@ from epmesh_server.processes.raised import Raised
 
 if TYPE_CHECKING:
     from epmesh_server.ranks.communicator import JoinedCommunicator
+    from epmesh_server.ranks.curve_door import CurveDoor
 
 _log = logging.getLogger(__name__)
 _JOIN_WITHIN_S = 1e6  # the others may be started whenever it pleases whoever starts them
@@ -119,7 +120,7 @@ class HostedProcess:
         """One membership, from joining to its end."""
         try:
             with self._stop.at_once():
-                comm = self._join(duty.open())
+                comm = self._join(duty.open(), duty.door)
             try:
                 self._enter(duty, comm)
                 duty.run(comm, self._stop.event)
@@ -130,7 +131,7 @@ class HostedProcess:
         finally:
             duty.close()
 
-    def _join(self, front_endpoint: str) -> JoinedCommunicator:
+    def _join(self, front_endpoint: str, door: CurveDoor | None) -> JoinedCommunicator:
         from epmesh_server.ranks.join import RankOptions, become_rank
 
         options = self._options
@@ -150,7 +151,7 @@ class HostedProcess:
             max_tokens_per_rank=options.max_tokens_per_rank,
             exchange_timeout_s=options.exchange_timeout_s,
         )
-        return become_rank(rank, front_endpoint, within_s=_JOIN_WITHIN_S)
+        return become_rank(rank, front_endpoint, door=door, within_s=_JOIN_WITHIN_S)
 
     def _enter(self, duty: Duty, comm: JoinedCommunicator) -> None:
         _show_logs(self._options, f"rank {comm.global_rank}")

@@ -38,6 +38,7 @@ class ClientKeyTable:
     def __init__(self, lease_s: float = LEASE_S, clock: Callable[[], float] = time.monotonic) -> None:
         """Nobody has a lease yet; the clock's seconds are those of `lease_s`."""
         self.lease_s = lease_s
+        self.ended = 0  # leases that did
         self._clock = clock
         self._numbers = itertools.count(1)
         self._newest = 0
@@ -118,6 +119,7 @@ class ClientKeyTable:
 
     def _end(self, key: bytes) -> None:
         lease = self._by_key.pop(key)
+        self.ended += 1
         self._by_owner[lease.owner] -= 1
         if not self._by_owner[lease.owner]:
             del self._by_owner[lease.owner]

@@ -104,6 +104,7 @@ class CommunicatorService:
             incarnation=shown.incarnation,
             front_endpoint=shown.front_endpoint,
             descriptor_socket=self._descriptor_socket,
+            curve_key=shown.curve_key,
         )
 
     @property
@@ -145,7 +146,7 @@ class CommunicatorService:
     ) -> FrontReply:
         """What the rank answers; an error as soon as the rank is gone."""
         shown = driver.entry.declaration.rank
-        peer = FrontPeer(driver.entry.rank, shown.incarnation, shown.front_endpoint)
+        peer = FrontPeer(driver.entry.rank, shown.incarnation, shown.front_endpoint, shown.curve_key)
         timeout_s = max(_LEAST_CALL_S, seconds_left(context, _MAX_CALL_S))
         answer = asyncio.ensure_future(self._caller.call(self._mesh_id, peer, request, tensors, timeout_s=timeout_s))
         ended = asyncio.ensure_future(driver.entry.ended.wait())

@@ -14,6 +14,7 @@ from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable
 from epmesh.grpc_errors import abort
 from epmesh.v1 import rank_service_pb2 as wire
 from epmesh.v1 import rank_service_pb2_grpc
+from epmesh_server.node.client_keys import ClientKeyTable
 from epmesh_server.node.progress import is_member
 from epmesh_server.node.ranks import LocalRank
 from epmesh_server.node.views import ViewBoard
@@ -53,14 +54,20 @@ class RankService(rank_service_pb2_grpc.RankServiceServicer):
     Args:
         describe: makes the answer of DescribeNode.
         host: gives out ranks; `None` on servers that are not the unix socket.
+        client_keys: whose changes ranks hear of; `None`: nobody leases keys here.
     """
 
     def __init__(
-        self, describe: Callable[[], wire.DescribeNodeResponse], host: RankHost | None, board: ViewBoard
+        self,
+        describe: Callable[[], wire.DescribeNodeResponse],
+        host: RankHost | None,
+        board: ViewBoard,
+        client_keys: ClientKeyTable | None = None,
     ) -> None:
         self._describe = describe
         self._host = host
         self._board = board
+        self._client_keys = client_keys
 
     async def DescribeNode(self, request: wire.DescribeNodeRequest, context: _Context) -> wire.DescribeNodeResponse:
         """Who the node is and where its unix sockets are."""
@@ -127,11 +134,29 @@ class RankService(rank_service_pb2_grpc.RankServiceServicer):
     async def _tell(self, entry: LocalRank, notices: _Notices) -> None:
         opened = wire.RankOpened(rank=entry.rank, local_rank=entry.local_rank, token=entry.token)
         await notices.write(wire.RankSessionResponse(opened=opened))
+        keys = self._client_keys
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._tell_views(notices))
+            if keys is not None:
+                group.create_task(_tell_keys(keys, notices))
+
+    async def _tell_views(self, notices: _Notices) -> None:
         epoch = 0
         while True:
             view = await self._board.newer_than(epoch)
             epoch = view.epoch
             await notices.write(wire.RankSessionResponse(view=view))
+
+
+async def _tell_keys(keys: ClientKeyTable, notices: _Notices) -> None:
+    """Which leases run, whenever one has ended; those granted since count without that."""
+    ended = 0
+    while True:
+        if keys.ended > ended:
+            ended = keys.ended
+            await notices.write(wire.RankSessionResponse(client_keys=keys.notice()))
+        else:
+            await keys.changed()
 
 
 class _Notices:

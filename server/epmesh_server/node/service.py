@@ -22,6 +22,7 @@ from epmesh.tls import COORDINATOR_NAME, TlsFiles
 from epmesh.v1 import (
     discovery_service_pb2_grpc,
     group_service_pb2_grpc,
+    key_service_pb2_grpc,
     rank_service_pb2,
     rank_service_pb2_grpc,
     router_service_pb2_grpc,
@@ -43,6 +44,7 @@ from epmesh_server.node.front_caller import FrontCaller
 from epmesh_server.node.groups import Groups
 from epmesh_server.node.hosting import RankHosting
 from epmesh_server.node.key_authority import KeyAuthority
+from epmesh_server.node.key_service import KeyService
 from epmesh_server.node.rank_service import RankService
 from epmesh_server.node.rank_stats import StatsBook
 from epmesh_server.node.ranks import RankTable
@@ -114,7 +116,7 @@ class Node:
         self._hosting = RankHosting(
             self._table, self._follower, self._board, self._enrolment, pair=self._pair, stats=self._stats
         )
-        self._caller = FrontCaller()
+        self._caller = FrontCaller(self._pair)
         self._drivers = Drivers(
             self._table, self._board, self._enrolment, self._hosting.died, _DRIVER_REGIONS * settings.region_bytes
         )
@@ -235,7 +237,7 @@ class Node:
         path = self._directory / GRPC_SOCKET
         path.unlink(missing_ok=True)
         server = grpc.aio.server(options=UNIX_SERVER_OPTIONS)
-        self._add_services(server, RankService(self.describe, self._hosting, self._board))
+        self._add_services(server, RankService(self.describe, self._hosting, self._board, self._client_keys))
         store_service_pb2_grpc.add_StoreServiceServicer_to_server(Store(self._store), server)
         _bind(server, f"{UNIX_PREFIX}{path}", None)
         path.chmod(0o600)
@@ -245,6 +247,8 @@ class Node:
         rank_service_pb2_grpc.add_RankServiceServicer_to_server(ranks, server)
         discovery_service_pb2_grpc.add_DiscoveryServiceServicer_to_server(Discovery(self._board), server)
         group_service_pb2_grpc.add_GroupServiceServicer_to_server(self._groups, server)
+        keys = KeyService(self._client_keys, curve=self._settings.curve)
+        key_service_pb2_grpc.add_KeyServiceServicer_to_server(keys, server)
         router_service_pb2_grpc.add_RouterServiceServicer_to_server(self._router, server)
         self._communicators.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

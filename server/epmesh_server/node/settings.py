@@ -31,7 +31,6 @@ class NodeSettings:
         advertise: host or host:port under which others reach this node; `None` means what was bound.
         link_host: host that the links of this node's ranks bind and advertise; `None` means the advertised host.
         slot: claims the slot of a dead node, for a replacement under another name.
-        curve: whether the ZeroMQ endpoints of this node's ranks use CURVE; all nodes of a mesh do, or none.
         tls: what the node shows itself with, and checks callers by; `None`: nothing authenticates them.
         insecure: allows a host that is not loopback without `tls`.
 
@@ -48,7 +47,6 @@ class NodeSettings:
     advertise: str | None = None
     link_host: str | None = None
     slot: int | None = None
-    curve: bool = False
     tls: TlsFiles | None = None
     insecure: bool = False
 
@@ -65,6 +63,11 @@ class NodeSettings:
         if self.advertise is not None and has_port(self.advertise):
             split_address(self.advertise, "advertise")
         check_exposure(self.host, self.tls, insecure=self.insecure)
+
+    @property
+    def curve(self) -> bool:
+        """Whether the ZeroMQ endpoints of this node's ranks use CURVE; all nodes of a mesh do, or none."""
+        return self.tls is not None
 
     @property
     def region_bytes(self) -> int:

@@ -21,6 +21,8 @@ from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, NotReady
 from epmesh.frames import MAX_HEADER_BYTES, MAX_TENSORS, Buffer
 from epmesh.front import check_frames, configure_front_socket
 from epmesh.v1 import front_pb2
+from epmesh_server.curve_users import Domain
+from epmesh_server.ranks.curve_door import CurveDoor
 
 _log = logging.getLogger(__name__)
 
@@ -97,16 +99,23 @@ class Front:
     """The endpoint of one rank. `identify` and `handle` before anybody is told of it."""
 
     def __init__(
-        self, host: str, *, budget_bytes: int = DEFAULT_BUDGET_BYTES, on_request: Handler | None = None
+        self,
+        host: str,
+        *,
+        budget_bytes: int = DEFAULT_BUDGET_BYTES,
+        on_request: Handler | None = None,
+        door: CurveDoor | None = None,
     ) -> None:
         """Binds a free port of `host`.
 
         Args:
             budget_bytes: most bytes of requests that were taken in and not answered yet; beyond, `Overloaded`.
             on_request: the handler; see `handle`.
+            door: encrypts connections and admits known keys alone; `None`: everybody, in the clear.
         """
         self.refused = 0
         self._budget_bytes = budget_bytes
+        self._door = door
         self._handler: Handler = on_request or _not_ready
         self._who: tuple[str, int, int] | None = None
         self._lock = threading.Lock()  # guards _open, _open_bytes, _closing
@@ -119,6 +128,8 @@ class Front:
         self._router = self._context.socket(zmq.ROUTER)
         configure_front_socket(self._router)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        if door is not None:
+            door.guard(self._context, self._router, Domain.FRONT)
         self._router.bind(f"tcp://{host}:0")
         self.endpoint: str = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self._thread = threading.Thread(target=self._run, name="epmesh-front", daemon=True)
@@ -203,13 +214,13 @@ class Front:
             except zmq.Again:
                 return
             try:
-                self._take_in(sender.bytes, [frame.buffer for frame in frames])
+                self._take_in(sender, [frame.buffer for frame in frames])
             except InvalidRequest as exc:
                 self.refused += 1
                 _log.warning("rank=%s front.refused: %s", self._who[1] if self._who else "?", exc)
 
-    def _take_in(self, sender: bytes, frames: list[Buffer]) -> None:
-        request = _parse(frames)
+    def _take_in(self, route: zmq.Frame, frames: list[Buffer]) -> None:
+        request, sender = _parse(frames), route.bytes
         key = (sender, request.request_id)
         if request.WhichOneof("request") == "cancel":
             cancelled = self._open.get((sender, request.cancel.request_id))
@@ -217,6 +228,8 @@ class Front:
                 cancelled.give_up()
             return
         try:
+            if self._door is not None:
+                self._door.check_front(route, request)
             self._check(request)
             incoming = Incoming(self, key, request, check_frames(request, frames[1:]))
             self._admit(key, incoming)

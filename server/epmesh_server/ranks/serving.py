@@ -61,8 +61,8 @@ class ExpertServer:
         self._options = options
         self._queue = ShareQueue(options.limits)
         self._calls = ExpertCalls(experts, rank.session.rank, rank.device, self._queue, stats)
-        self._front = Front(_host_of(rank.hub.endpoint), budget_bytes=options.budget_bytes)
-        self._desk = Desk(rank.session, self._queue, stats)
+        self._front = Front(_host_of(rank.hub.endpoint), budget_bytes=options.budget_bytes, door=rank.door)
+        self._desk = Desk(rank.session, self._queue, stats, rank.door.pair if rank.door is not None else None)
         self._ended = threading.Event()
         self._ending = False
         self._thread = threading.current_thread()

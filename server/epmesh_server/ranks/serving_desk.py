@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from epmesh.curve import KeyPair
 from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, Overloaded, PeerLost, StaleEpoch
 from epmesh.frames import Buffer, num_bytes
 from epmesh.front import INLINE, FrontClient, FrontPeer
@@ -50,11 +51,12 @@ Job = Callable[[], None]
 class Desk:
     """See the module."""
 
-    def __init__(self, session: RankSession, queue: ShareQueue, stats: ServeStats) -> None:
-        """Starts its thread."""
+    def __init__(self, session: RankSession, queue: ShareQueue, stats: ServeStats, pair: KeyPair | None = None) -> None:
+        """Starts its thread; `pair` is the rank's, which neighbours' fronts admit."""
         self.last_request = time.monotonic()
         self._session = session
         self._me = session.rank
+        self._pair = pair
         self._queue = queue
         self._stats = stats
         self._memories = ServeMemories(session)
@@ -236,7 +238,7 @@ class Desk:
         memory = None if as_frames else self._memories.newest()
         message, frames, slab, result_at = self._written(request.router_rows, rank, index, memory)
         info = request.view.ranks[rank]
-        peer = FrontPeer(rank, info.incarnation, info.front_endpoint)
+        peer = FrontPeer(rank, info.incarnation, info.front_endpoint, info.curve_key)
         timeout_s = max(request.deadline - time.monotonic(), 0.001)
         answer = self._caller(request.view).call(peer, message, frames, timeout_s=timeout_s)
         share = NeighbourShare(rank, info.incarnation, index, slab, result_at, answer)
@@ -271,7 +273,7 @@ class Desk:
 
     def _caller(self, view: View) -> FrontClient:
         if self._client is None:
-            self._client = FrontClient(view.mesh_id)
+            self._client = FrontClient(view.mesh_id, pair=self._pair)
         return self._client
 
     def _take_answer(self, request: RouterRequest, share: NeighbourShare) -> None:

@@ -80,7 +80,6 @@ class LocalMesh:
         buffer_bytes: int = DEFAULT_BUFFER_BYTES,
         exchange_timeout_s: float = 30.0,
         timeout_s: float = 30.0,
-        curve: bool = False,
         tls: bool = False,
     ) -> None:
         """Describes a mesh; ``with`` starts it.
@@ -100,7 +99,6 @@ class LocalMesh:
             buffer_bytes: most bytes one source may have for one rank in one exchange.
             exchange_timeout_s: how long a rank's calls wait for others.
             timeout_s: how long starting may take, and how long `run` waits for a view of the living ranks.
-            curve: whether ZeroMQ connections are encrypted and admit known keys alone.
             tls: whether the mesh is secured, with certificates that are made for it; clients use `LocalMesh.tls`.
         """
         if nodes < 1 or ranks_per_node < 1:
@@ -121,7 +119,6 @@ class LocalMesh:
         self.nodes = nodes
         self.ranks_per_node = ranks_per_node
         self._buffer_bytes = buffer_bytes
-        self._curve = curve
         self._timeout_s = timeout_s
         self._secured = tls
         self._rank_settings = [
@@ -493,7 +490,6 @@ class LocalMesh:
             runtime_dir=self._path(f"node-{slot}"),
             slot=slot,
             buffer_bytes=self._buffer_bytes,
-            curve=self._curve,
             tls=self._certificate(Identity(Role.NODE, f"node-{slot}")),
         )
 

@@ -1,0 +1,48 @@
+"""KeyService: clients lease their CURVE keys at the node service of the ranks they ask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from epmesh.errors import EpmeshError, InvalidRequest
+from epmesh.grpc_errors import abort
+from epmesh.v1 import key_service_pb2 as wire
+from epmesh.v1 import key_service_pb2_grpc
+from epmesh_server.node.client_keys import ClientKeyTable
+from epmesh_server.secure_server import caller_of
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class KeyService(key_service_pb2_grpc.KeyServiceServicer):
+    """KeyService over a table of leases; `curve` says whether this node's ranks use CURVE at all."""
+
+    def __init__(self, table: ClientKeyTable, *, curve: bool) -> None:
+        self._table = table
+        self._curve = curve
+
+    async def LeaseKey(self, request: wire.LeaseKeyRequest, context: _Context) -> wire.LeaseKeyResponse:
+        """Begins or renews a lease."""
+        try:
+            if not self._curve:
+                raise InvalidRequest("the ranks of this node do not use CURVE; connect to them in the clear")
+            self._table.lease(request.public_key, request.name or "unnamed", owner_of(context))
+        except EpmeshError as exc:
+            await abort(context, exc)
+        return wire.LeaseKeyResponse(lease_s=self._table.lease_s)
+
+    async def ReleaseKey(self, request: wire.ReleaseKeyRequest, context: _Context) -> wire.ReleaseKeyResponse:
+        """Ends a lease of the caller's."""
+        self._table.release(request.public_key, owner_of(context))
+        return wire.ReleaseKeyResponse()
+
+
+def owner_of(context: _Context) -> str:
+    """Who calls: as its certificate says, or where nothing authenticates callers the host that the call came from."""
+    identities = caller_of(context)
+    if identities is not None:
+        return ", ".join(sorted(map(str, identities)))
+    kind, _, rest = context.peer().partition(":")
+    return f"host {rest.rpartition(':')[0]}" if kind in {"ipv4", "ipv6"} else f"host {kind}"
