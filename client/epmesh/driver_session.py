@@ -76,7 +76,7 @@ class DriverSession:
             self.granted = self._granted.result(timeout_s)
         except TimeoutError:
             self._hang_up()
-            raise MeshUnavailable(f"AttachRank at {address}: no answer within {timeout_s:g} s") from None
+            raise MeshUnavailable(f"AttachRank at {node.address}: no answer within {timeout_s:g} s") from None
         except BaseException:
             self._hang_up()
             raise

@@ -108,7 +108,9 @@ class RouterCore:
         self.stats = StatsRecorder()
         self.budget = ByteBudget(options.max_inflight_bytes)
         self._mesh = mesh
-        self._make_transport = make_transport or (lambda name: FrontRows(mesh.tls) if name == "zmq" else GrpcRows(mesh.tls))
+        self._make_transport = make_transport or (
+            lambda name: FrontRows(mesh.tls) if name == "zmq" else GrpcRows(mesh.tls)
+        )
         self._lock = threading.Lock()  # guards what follows
         self._closed = False
         self._runs: set[Run] = set()

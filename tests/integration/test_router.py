@@ -40,7 +40,7 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES)
+@pytest.fixture(scope="module", params=SHAPES.values(), ids=list(SHAPES))
 def mesh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
     nodes, ranks_per_node, experts, tls = request.param
     stop = tmp_path_factory.mktemp("serve") / "stop"
@@ -96,7 +96,7 @@ def test_tasks_share_a_router(served: Served) -> None:
         check(await router.forward(*given), None, *given)
 
     async def main() -> None:
-        async with AsyncRouter(served.mesh.addresses, transport=served.router.transport) as router:
+        async with AsyncRouter(served.mesh.addresses, transport=served.router.transport, tls=served.mesh.tls) as router:
             await asyncio.gather(*(one(router, seed) for seed in range(60)))
 
     asyncio.run(main())
@@ -119,7 +119,7 @@ def test_ids_beyond_the_placement_are_refused(served: Served) -> None:
 
 
 def test_bytes_stay_near_the_floor_over_what_gets_through_first(mesh: LocalMesh) -> None:
-    with Router(mesh.address) as router:
+    with Router(mesh.address, tls=mesh.tls) as router:
         router.forward(*some_rows(300, EXPERTS, 3, 1))
         stats = router.stats
         assert router.transport == "zmq"
@@ -140,7 +140,7 @@ def test_a_router_that_is_closed_or_dropped_leaves_no_thread_and_no_descriptor(
     mesh: LocalMesh, transport: str, how: str
 ) -> None:
     def use() -> None:
-        router = Router(mesh.addresses, transport=transport)
+        router = Router(mesh.addresses, transport=transport, tls=mesh.tls)
         router.forward(*some_rows(3, EXPERTS, 2, 1))
         if how == "closed":
             router.close()

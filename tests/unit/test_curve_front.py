@@ -90,7 +90,9 @@ def test_a_lease_that_comes_just_after_the_connection_is_in_time(
     authority: Authority, guarded: Guarded, client: Callable[[KeyPair], FrontClient]
 ) -> None:
     pair = KeyPair.generate()
-    answer = client(pair).call(guarded.peer, front_pb2.FrontRequest(**ROWS), timeout_s=PATIENCE_S)
+    answer = client(pair).call(
+        guarded.peer, front_pb2.FrontRequest(serve_rows=front_pb2.ServeRows()), timeout_s=PATIENCE_S
+    )
     authority.call(authority.clients.lease, pair.public, "router", "a")
     answer.result(PATIENCE_S)
     assert authority.authority.refusals.count == 0
