@@ -30,6 +30,7 @@ from epmesh.driver_session import DriverSession
 from epmesh.driver_transports import DriverTransport, Reply
 from epmesh.errors import EpmeshError, InvalidRequest
 from epmesh.front import MAX_TIMEOUT_S
+from epmesh.quantization import quantized
 from epmesh.tensors import (
     Kind,
     bytes_of,
@@ -342,7 +343,9 @@ class AttachedCommunicator(Communicator):
         *,
         layer: int | None = None,
         static: bool = False,
+        quantize: str | None = None,
     ) -> tuple[Any, ...]:
+        hidden_states, extra_tensors = quantized(hidden_states, extra_tensors, quantize)
         tensors = row_tensors([hidden_states, topk_weights, topk_ids], extra_tensors)
 
         def fill(arguments: Arguments) -> Sequence[Any]:
@@ -362,7 +365,9 @@ class AttachedCommunicator(Communicator):
         *,
         layer: int | None = None,
         static: bool = False,
+        quantize: str | None = None,
     ) -> Handle:
+        hidden_states, extra_tensors = quantized(hidden_states, extra_tensors, quantize)
         tensors = row_tensors([hidden_states, topk_weights, topk_ids], extra_tensors)
 
         def fill(arguments: Arguments) -> Sequence[Any]:

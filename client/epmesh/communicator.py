@@ -148,6 +148,7 @@ class Communicator(abc.ABC):
         *,
         layer: int | None = None,
         static: bool = False,
+        quantize: str | None = None,
     ) -> tuple[Any, ...]:
         """Sends each row to the ranks that hold its experts, once a rank.
 
@@ -161,11 +162,13 @@ class Communicator(abc.ABC):
             layer: whose placement decides.
             static: the output has ``world_size x T`` rows (T: join's ``max_tokens_per_rank``), slot = source rank x T +
                 source row; unused ones have id -1 and weight 0.
+            quantize: "fp8": rows in bfloat16, float16 or float32 travel in float8_e4m3fn, with one scale in float32 for
+                every 128 values, ``[num_tokens, hidden / 128]``, which is the last of the extra tensors.
 
         Returns:
             ``(hidden_states, topk_weights, topk_ids)`` of the received rows, ordered by source rank, then source row;
-            with a fourth element, the list of extra tensors, where `extra_tensors` is not None. Ids are unchanged,
-            except that an id which another replica was chosen for is -1.
+            with a fourth element, the list of extra tensors, where `extra_tensors` is not None or rows are quantized.
+            Ids are unchanged, except that an id which another replica was chosen for is -1.
 
         Raises:
             ExpertUnavailable: a row wants an expert without a living holder.
@@ -182,6 +185,7 @@ class Communicator(abc.ABC):
         *,
         layer: int | None = None,
         static: bool = False,
+        quantize: str | None = None,
     ) -> Handle:
         """As `dispatch`, but returns once the rows are sent; ``handle.wait()`` gives what `dispatch` returns.
 

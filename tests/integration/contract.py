@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from epmesh import Communicator, Handle, Placement, linear_placement
+from epmesh import Communicator, Handle, InvalidRequest, Placement, linear_placement
 from tests import reference
 
 UNDECLARED = 99
@@ -262,6 +262,28 @@ def _combine(comm: Communicator, case: Exchange, results: torch.Tensor, tokens: 
     returned = comm.combine_into_output(results, output, case.is_sequence_parallel)
     assert returned is output
     return output
+
+
+def quantized(comm: Communicator, case: Exchange, static: bool) -> tuple[list[Any], list[Any]]:
+    """What a dispatch gives of rows as they are, and quantized, with an extra tensor."""
+    rows = case.rows(comm.rank)
+    source = generator(case.seed, comm.rank)
+    values = torch.randn(rows.hidden_states.shape, generator=source) * torch.logspace(-6, 4, case.hidden)
+    given = values.to(case.dtype), rows.topk_weights, rows.topk_ids
+    marks = [torch.arange(len(rows.hidden_states), dtype=torch.int32)]
+    plain = comm.dispatch(*given, True, marks, layer=case.layer, static=static)
+    narrow = comm.dispatch(*given, True, marks, layer=case.layer, static=static, quantize="fp8")
+    return [*plain[:3], *plain[3]], [*narrow[:3], *narrow[3]]
+
+
+def quantize_wrongly(comm: Communicator, columns: int, quantize: str) -> str:
+    """The error of a dispatch whose rows cannot be quantized so on rank 0."""
+    rows = torch.ones(2, columns if comm.rank == 0 else 128)
+    try:
+        comm.dispatch(rows, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64), quantize=quantize)
+    except InvalidRequest as exc:
+        return str(exc)
+    return ""
 
 
 def overlapped(comm: Communicator, cases: Sequence[Exchange]) -> list[Outcome]:

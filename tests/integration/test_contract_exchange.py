@@ -325,3 +325,30 @@ def test_rows_of_different_layers_follow_their_own_placements(target: Target) ->
     """Without a layer of its own, a call falls back to the default placement, of which there is none here."""
     cases = [case(target, "ep", layer) for layer in (0, 1)] + [replace(case(target, "ep", UNDECLARED), layer=None)]
     check_exchanges(target, "ep", cases)
+
+
+def test_quantized_rows_travel_in_fp8_with_a_scale_for_every_128_values(target: Target) -> None:
+    for static in (False, True):
+        for dtype in (torch.bfloat16, torch.float32):
+            each = case(target, "ep", hidden=256, dtype=dtype)
+            for plain, narrow in target.run("ep", contract.quantized, each, static):
+                values, scales = narrow[0], narrow[-1]
+                assert (values.dtype, scales.dtype) == (torch.float8_e4m3fn, torch.float32)
+                assert scales.shape == (len(values), 2)
+                for one, other in zip(narrow[1:4], plain[1:4], strict=True):
+                    assert_same(one, other, "what travels with quantized rows")
+                wide = scales.double().repeat_interleave(128, dim=1)
+                wanted = plain[0].double()
+                error = (values.double() * wide - wanted).abs()
+                assert (error <= torch.maximum(wanted.abs() / 16, wide / 1024) * 1.001).all()
+                used = wanted.abs().amax(1) > 0
+                assert used.any()
+                peaks = values.double().abs().reshape(len(values), 2, 128).amax(2)
+                assert (peaks[used] == 448).all()
+
+
+def test_rows_that_cannot_be_quantized_are_refused_on_all_ranks(target: Target) -> None:
+    for columns, quantize, reason in ((100, "fp8", "[2, 100]"), (128, "int4", "'int4'")):
+        texts = target.run("ep", contract.quantize_wrongly, columns, quantize)
+        assert len(set(texts)) == 1, texts
+        assert reason in texts[0]

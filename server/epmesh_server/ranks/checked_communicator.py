@@ -20,6 +20,7 @@ from epmesh.communicator import Communicator, Handle
 from epmesh.errors import EpmeshError, InvalidRequest
 from epmesh.layout import Layout, Reach, Routing, Topology, broadcast_layout, make_reach, make_routing, routed_layout
 from epmesh.placement import Placement, linear_placement
+from epmesh.quantization import quantized
 from epmesh.tensors import row_tensors
 from epmesh_server.ranks import arguments as args
 from epmesh_server.ranks.calls import Call, describe
@@ -206,7 +207,9 @@ class CheckedCommunicator(Communicator):
         *,
         layer: int | None = None,
         static: bool = False,
+        quantize: str | None = None,
     ) -> tuple[Any, ...]:
+        hidden_states, extra_tensors = quantized(hidden_states, extra_tensors, quantize)
         tensors = [hidden_states, topk_weights, topk_ids]
         request = self._routed(tensors, extra_tensors, is_sequence_parallel, layer, static)
         with self._turn():
@@ -222,7 +225,9 @@ class CheckedCommunicator(Communicator):
         *,
         layer: int | None = None,
         static: bool = False,
+        quantize: str | None = None,
     ) -> Handle:
+        hidden_states, extra_tensors = quantized(hidden_states, extra_tensors, quantize)
         tensors = [hidden_states, topk_weights, topk_ids]
         request = self._routed(tensors, extra_tensors, is_sequence_parallel, layer, static)
         with self._turn():

@@ -71,11 +71,16 @@ class CudaCommunicator(JoinedCommunicator):
         *,
         layer: int | None = None,
         static: bool = False,
+        quantize: str | None = None,
     ) -> tuple[Any, ...]:
         tensors = (hidden_states, topk_weights, topk_ids)
-        plain = extra_tensors is None and (layer is None or type(layer) is int) and not self._destroyed
+        plain = (
+            extra_tensors is None and quantize is None and (layer is None or type(layer) is int) and not self._destroyed
+        )
         if not plain or not type(hidden_states) is type(topk_weights) is type(topk_ids) is torch.Tensor:
-            return super().dispatch(*tensors, is_sequence_parallel, extra_tensors, layer=layer, static=static)
+            return super().dispatch(
+                *tensors, is_sequence_parallel, extra_tensors, layer=layer, static=static, quantize=quantize
+            )
         kinds = hidden_states.dtype, topk_weights.dtype, topk_ids.dtype
         shapes = hidden_states.shape, topk_weights.shape, topk_ids.shape
         key = (shapes, kinds, layer, bool(is_sequence_parallel), bool(static))
