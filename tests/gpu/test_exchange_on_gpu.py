@@ -68,6 +68,14 @@ def test_a_refusal_in_static_mode_reaches_all_ranks_and_static_mode_goes_on() ->
             assert total == [1.0, 1.0]
 
 
+def test_a_bound_on_multiprocessors_holds_from_the_next_dispatch_on() -> None:
+    with mesh(2) as two:
+        for used, programs, sums in two.run(works.exchange_on_few_sms, 4):
+            assert used == 4
+            assert max(programs) <= 4
+            assert sums == [[1.0] * 9] * 6
+
+
 def meet(three: LocalMesh, inbox: Inbox, plan: str, strike: str, bound_s: float) -> list[Seen]:
     """Has rank 1 struck in the middle of `plan`; what the others saw."""
     three.run(on_device, faults.exchange, EXPERTS)

@@ -153,3 +153,22 @@ def exchange_and_measure(comm: Communicator, times: int) -> tuple[int, int]:
             free, total = torch.cuda.mem_get_info()
             used.append(total - free)
     return used[0], used[1]
+
+
+def exchange_on_few_sms(comm: Communicator, num_sms: int) -> tuple[int | None, list[int], list[list[float]]]:
+    """Exchanges in both modes before and after a bound: what is said to be used, programs afterwards, and the sums."""
+    rows = torch.ones(9, 8, device=comm.device)
+    ids = torch.zeros(9, 1, dtype=torch.int64, device=comm.device)
+    weights = torch.ones(9, 1, device=comm.device)
+
+    def exchange(static: bool) -> list[float]:
+        total = comm.combine(comm.dispatch(rows, weights, ids, static=static)[0])
+        torch.cuda.synchronize()
+        comm.check()
+        return [float(each) for each in total[:, 0].tolist()]
+
+    sums = [exchange(static) for static in (False, True)]
+    comm.all2all_manager.set_num_sms(num_sms)
+    sums += [exchange(static) for static in (False, True, False, True)]
+    lanes = [comm._exchange.exact, comm._exchange._static]  # type: ignore[attr-defined]
+    return comm.all2all_manager.max_sms_used(), [lane.plan.programs for lane in lanes], sums

@@ -134,6 +134,7 @@ class Lane:
 
     Attributes:
         plan: of every arena.
+        copying_programs: most of the kernel that copies received rows, which waits for nobody.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class Lane:
             base_stamp: the stamp before the first exchange where the device counts; -1: the host gives stamps.
         """
         self.plan = plan
+        self.copying_programs = 4 * plan.programs
         self._me = me
         self._bases = tuple(bases)
         self._device = device
@@ -395,7 +397,7 @@ class Lane:
 
     def programs_for(self, num_rows: int) -> int:
         """Of a kernel that copies received rows."""
-        return min(num_rows, 4 * self.plan.programs)
+        return min(num_rows, self.copying_programs)
 
     def keep(self, slot: int, row_numbers: int, num_tokens: int, static: bool) -> Sent:
         """Where prepared exchanges in a slot keep what their combine needs, one after the other."""

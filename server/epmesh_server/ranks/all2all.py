@@ -26,6 +26,7 @@ class All2AllManager:
 
     def __init__(self, communicator: CheckedCommunicator, tensor_parallel_size: int) -> None:
         """Speaks for `communicator`."""
+        self._communicator = communicator
         self.rank = communicator.rank
         self.world_size = communicator.world_size
         self.dp_world_size = max(1, self.world_size // max(1, tensor_parallel_size))
@@ -34,11 +35,16 @@ class All2AllManager:
         self.combine: Callable[..., torch.Tensor] = communicator.combine
 
     def max_sms_used(self) -> int | None:
-        """Multiprocessors that the exchange takes from a GPU; `None`: it does not matter."""
-        return None
+        """Most multiprocessors that the exchange takes from a GPU; `None`: it takes none."""
+        return self._communicator.max_sms_used()
 
     def set_num_sms(self, num_sms: int) -> None:
-        """Takes no notice."""
+        """Bounds what the exchange takes from a GPU, from the next dispatch on; call it alike on all ranks.
+
+        Raises:
+            InvalidRequest: it is less than 1.
+        """
+        self._communicator.set_num_sms(num_sms)
 
     def query_fault(self) -> torch.Tensor:
         """bool ``[1]``: no rank was masked since the last time."""

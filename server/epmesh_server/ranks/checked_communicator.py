@@ -98,6 +98,15 @@ class CheckedCommunicator(Communicator):
     def _commit_placement(self, placement: Placement, layer: int | None) -> None:
         """Makes `placement`, the same on all ranks, part of the view."""
 
+    def set_num_sms(self, num_sms: int) -> None:
+        """Bounds the multiprocessors that exchanges take from a GPU, where they take any."""
+        if num_sms < 1:
+            raise InvalidRequest(f"num_sms is {num_sms}; an exchange needs at least 1 multiprocessor")
+
+    def max_sms_used(self) -> int | None:
+        """Most multiprocessors that exchanges take from a GPU; `None`: they take none."""
+        return None
+
     def _check_mode(self) -> None:
         """Raises `InvalidRequest` while this rank takes part in no collective call."""
 

@@ -36,12 +36,22 @@ class CudaCommunicator(JoinedCommunicator):
         """Takes the rank's place in the group `name` of `view`."""
         self._tables: dict[int, tuple[Routing, Table]] = {}  # by id: a routing is known by itself
         self._kept: dict[Lane, Arenas] = {}  # of older epochs; CUDA graphs captured then must find memory if replayed
+        self._num_sms: int | None = None
         super().__init__(rank, name, view)
 
     def _new_exchange(self) -> CudaExchange:
         self._tables = {}
         limit = self.max_tokens_per_rank
-        return CudaExchange(self._member, self._stats, self._turn, self.device, limit, self._kept.keys())
+        return CudaExchange(self._member, self._stats, self._turn, self.device, limit, self._kept.keys(), self._num_sms)
+
+    def set_num_sms(self, num_sms: int) -> None:
+        super().set_num_sms(num_sms)
+        with self._turn(collective=False):
+            self._num_sms = num_sms
+            self._exchange.bound(num_sms)
+
+    def max_sms_used(self) -> int | None:
+        return self._exchange.most_programs
 
     def _let_go(self) -> None:
         self._kept.update(self._exchange.close())

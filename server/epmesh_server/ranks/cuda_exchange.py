@@ -82,11 +82,13 @@ class CudaExchange(Exchange):
         device: torch.device,
         max_tokens_per_rank: int | None,
         older: Collection[Lane] = (),
+        num_sms: int | None = None,
     ) -> None:
         """Starts with nothing open and no memory; arguments as `OpenExchanges` takes them.
 
         Args:
             older: lanes of earlier views, which graphs that were captured then may still run.
+            num_sms: most multiprocessors to use; `None`: as many as are good for it.
         """
         super().__init__(member, stats, turn)
         self.device = device
@@ -95,6 +97,7 @@ class CudaExchange(Exchange):
         self._arenas: dict[Lane, Arenas] = {}
         self._least_rows = max_tokens_per_rank or 1
         self._older = older
+        self._num_sms = num_sms
         self._sent: dict[OpenExchange, Sent] = {}
         self._prepared: dict[Hashable, PreparedDispatch] = {}
         self._stream: torch.cuda.Stream | None = None
@@ -117,9 +120,23 @@ class CudaExchange(Exchange):
 
     def needs(self, rows: Rows | None) -> list[int]:
         """What a call at the host's door says of this rank, for `form`: rows, and programs."""
-        programs = torch.cuda.get_device_properties(self.device).multi_processor_count
         num_tokens = 0 if rows is None else rows.num_tokens
-        return [max(num_tokens, self._least_rows), min(programs, _MOST_PROGRAMS)]
+        return [max(num_tokens, self._least_rows), self.most_programs]
+
+    @property
+    def most_programs(self) -> int:
+        """Of a kernel that this rank would launch: each is on one multiprocessor."""
+        there: int = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return min(there, _MOST_PROGRAMS, self._num_sms or there)
+
+    def bound(self, num_sms: int) -> None:
+        """Bounds the multiprocessors, from the next dispatch on: where a lane takes more, its memory is made anew."""
+        self._num_sms = num_sms
+        self._prepared.clear()
+
+    def suits(self, lane: Lane) -> bool:
+        """Whether a lane keeps within the bound on multiprocessors."""
+        return self._num_sms is None or lane.plan.programs <= self._num_sms
 
     def form_exact(self, calls: Mapping[int, Call], rows: Rows, sequence: int) -> Lane:
         """Makes the memory of exact mode anew, large enough for all; every member is here."""
@@ -405,6 +422,8 @@ class CudaExchange(Exchange):
         arenas = Arenas(plan, topology, self.device, store)
         me = topology.local.index(topology.me)
         lane = Lane(plan, me, arenas.bases, self.device, member.timeout_s, base_stamp)
+        if self._num_sms is not None:
+            lane.copying_programs = plan.programs
         self._arenas[lane] = arenas
         return lane
 
@@ -425,7 +444,7 @@ class CudaExchange(Exchange):
         rows, static_rows = layout.rows, request.static_rows
         assert static_rows is not None
         lane = self._static
-        if lane is None or static_rows > lane.rows_for(rows.widths):
+        if lane is None or static_rows > lane.rows_for(rows.widths) or not self.suits(lane):
             lane = self._form_static(request, rows, static_rows)
         sent, outputs = lane.dispatch_static(rows, digest_of(request), static_rows)
         received = request.shape(outputs)

@@ -53,7 +53,7 @@ class CudaWayThere:
         """Launches, or posts the call at the host's door."""
         self._call = call
         lane = self._owner.exact
-        if self._rows is None or lane is None or not lane.fits(self._rows):
+        if self._rows is None or lane is None or not self._owner.suits(lane) or not lane.fits(self._rows):
             self._open_door()
         else:
             self._launch(lane, self._rows)
