@@ -59,7 +59,8 @@ NODE = replace(
 NETWORK = NetworkFacts(
     hostname="box",
     interfaces=(Interface(name="eth0", addresses=("10.0.0.2",), mtu=1500),),
-    own_names={"box": Lookup(name="box", addresses=("10.0.0.2",))},
+    advertised="10.0.0.2:7400",
+    own_names={"10.0.0.2": Lookup(name="10.0.0.2", addresses=("10.0.0.2",))},
 )
 ASKED = Asked(host="0.0.0.0", coordinator="coordinator:7401", insecure=True)
 WELL = Facts(

@@ -10,7 +10,7 @@ import pytest
 from epmesh_server.access import Identity, Role
 from epmesh_server.certificates import Authority
 from epmesh_server.doctor import Asked, Facts, Finding, Severity, judge, local_errors
-from epmesh_server.doctor.facts import CertificateFacts, NetworkFacts
+from epmesh_server.doctor.facts import CertificateFacts, MeshFacts, NetworkFacts, NodeSeen
 from epmesh_server.doctor.probes.certificates import look_at_certificates
 from tests.unit.test_doctor import ASKED, COORDINATOR, WELL, found
 
@@ -46,8 +46,13 @@ def test_certificates_that_are_no_nodes_are_believed_too(role: Role, tmp_path: P
     assert told(directory) == {}
 
 
-def test_a_node_without_an_id_is_called_by_its_host_and_port(tmp_path: Path) -> None:
-    assert told(issued(tmp_path, Identity(Role.NODE, "box:7400")), node_id=None) == {}
+def test_a_node_without_an_id_has_its_certificates(tmp_path: Path) -> None:
+    directory = issued(tmp_path)
+    assert told(directory, node_id=None) == {}
+    seen = (NodeSeen(slot=0, node_id="a", incarnation=5, address="10.0.0.9:7400"),)
+    mesh = MeshFacts(coordinator=replace(COORDINATOR, nodes=seen))
+    facts = replace(WELL, mesh=mesh, certificates=look_at_certificates(directory))
+    assert "node-id-taken" in found(facts, replace(ASKED, insecure=False, tls_dir=directory))
 
 
 def test_files_that_are_missing_open_or_of_another_key_are_told(tmp_path: Path) -> None:

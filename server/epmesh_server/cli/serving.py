@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -127,7 +126,7 @@ def _log_local_errors(settings: NodeSettings, beside: CoordinatorOptions | None,
     asked = Asked(
         host=settings.host,
         port=settings.port,
-        node_id=settings.node_id or f"{socket.gethostname()}:{settings.port}",
+        node_id=settings.node_id,
         advertise=settings.advertise,
         coordinator=settings.coordinator if beside is None else None,
         runtime_dir=settings.runtime_dir,

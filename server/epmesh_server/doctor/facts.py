@@ -160,7 +160,8 @@ class NetworkFacts:
     """Addresses, names and ports of this host.
 
     Attributes:
-        own_names: the host name, and what stands in `--advertise` and `--link-host`, each looked up.
+        advertised: host:port that the node would advertise; empty where that hangs on a name that does not resolve.
+        own_names: the hosts of `advertised` and of `--link-host`, each looked up.
         interfaces_problem: why the kernel does not list them; empty where it does.
         default_interface: the interface of the default route; empty where there is none.
         ephemeral_ports: lowest and highest; (0, 0) where unknown.
@@ -170,6 +171,7 @@ class NetworkFacts:
     hostname: str
     interfaces: tuple[Interface, ...] = ()
     interfaces_problem: str = ""
+    advertised: str = ""
     own_names: Mapping[str, Lookup] = field(default_factory=dict)
     resolver: Resolver = Resolver()
     default_interface: str = ""

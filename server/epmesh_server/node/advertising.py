@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections.abc import Iterable
 
 from epmesh.addresses import ANY_HOST, has_port, is_loopback, join_address, split_address
 from epmesh.errors import MeshUnavailable
@@ -54,13 +55,17 @@ async def _sources(coordinator: str) -> tuple[str, ...]:
             found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), port, type=socket.SOCK_DGRAM)
     except (OSError, TimeoutError) as exc:
         raise MeshUnavailable(f"the coordinator's name {host} does not resolve, or not yet: {exc}") from exc
-    towards = [(family, address[0]) for family, _, _, _, address in found]
-    elsewhere = zip((socket.AF_INET, socket.AF_INET6), _ELSEWHERE, strict=True)
-    return tuple(source for family, to in (*towards, *elsewhere) if (source := source_towards(family, str(to))))
+    return sources_towards(str(address[0]) for _, _, _, _, address in found)
 
 
-def source_towards(family: int, address: str) -> str:
+def sources_towards(addresses: Iterable[str]) -> tuple[str, ...]:
+    """This host's own addresses on the way to `addresses`, then on default routes; none where there is no way."""
+    return tuple(source for to in (*addresses, *_ELSEWHERE) if (source := source_towards(to)))
+
+
+def source_towards(address: str) -> str:
     """This host's own address on packets to `address`; empty where there is no way. Sends nothing."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
         probe.connect((address, 9))
         return str(probe.getsockname()[0]).partition("%")[0]

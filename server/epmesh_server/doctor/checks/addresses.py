@@ -12,8 +12,8 @@ from epmesh_server.doctor.findings import Finding, error, ok, warning
 _BRIDGES = ("docker", "br-", "cni", "cbr", "virbr", "flannel", "lxc", "lxdbr", "podman")
 _OVERHEAD_BYTES = 100  # headers and options of IP and TCP, at most
 _ADVERTISE = (
-    "--advertise ADDRESS, or EPMESH_ADVERTISE in compose's `environment:`; in a pod, take it from the field "
-    "`status.podIP`"
+    "leave --advertise (EPMESH_ADVERTISE) out with --host 0.0.0.0: the node finds its address by its route to the "
+    "coordinator; or give one that others reach, in a pod the field `status.podIP`"
 )
 
 
@@ -87,17 +87,11 @@ def _family(asked: Asked, network: NetworkFacts) -> Iterator[Finding]:
         )
 
 
-def advertised_host(asked: Asked, network: NetworkFacts) -> tuple[str, str]:
-    """The host under which the node would register, and what says so."""
-    if asked.advertise is not None:
-        return _host(asked.advertise), "--advertise"
-    if asked.host in ANY_HOST:
-        return network.hostname, "the host name"
-    return asked.host.strip("[]"), "--host"
-
-
 def _advertised(asked: Asked, network: NetworkFacts, coordinator: Service | None) -> Iterator[Finding]:
-    host, says = advertised_host(asked, network)
+    if not network.advertised:
+        return  # other findings say why
+    host = _host(network.advertised)
+    says = "--advertise" if asked.advertise else "by its routes" if asked.host in ANY_HOST else "--host"
     lookup = network.own_names.get(host, Lookup(name=host, problem="no answer in time"))
     if not lookup.addresses:
         yield error(
@@ -107,7 +101,7 @@ def _advertised(asked: Asked, network: NetworkFacts, coordinator: Service | None
             _ADVERTISE,
         )
         return
-    if asked.on_one_host and all(map(is_loopback, lookup.addresses)):
+    if is_loopback(asked.coordinator_host) and all(map(is_loopback, lookup.addresses)):
         yield ok("advertised", f"{host} ({says}): a mesh on this host alone")
         return
     if is_loopback(host) and not is_loopback(asked.coordinator_host):
@@ -123,7 +117,7 @@ def _advertised(asked: Asked, network: NetworkFacts, coordinator: Service | None
 def _judged(asked: Asked, network: NetworkFacts, coordinator: Service | None, address: str, named: str) -> Finding:
     """What it means to advertise `address`."""
     interface = network.interface_of(address)
-    if is_loopback(address) and asked.advertise is None and asked.host in ANY_HOST:
+    if is_loopback(address) and asked.advertise and _host(asked.advertise) == network.hostname:
         return _hostname(network, address, named)
     if is_loopback(address):
         return _loopback(asked, named)
@@ -156,7 +150,8 @@ def _hostname(network: NetworkFacts, address: str, named: str) -> Finding:
         "hostname-loopback",
         f"the node would advertise {named}: /etc/hosts gives {network.hostname} the address {address}",
         "Every other node would look for it on itself.",
-        f"{_ADVERTISE}; or mend the line of /etc/hosts",
+        "leave --advertise out: the node finds its address by its route to the coordinator; or mend the line of "
+        "/etc/hosts",
     )
 
 

@@ -61,17 +61,24 @@ def _doubted(own: CertificateFacts) -> Finding:
     )
 
 
+def node_id(asked: Asked, facts: Facts) -> str:
+    """The id under which the node would register: the one that was given, its certificate's, or hostname:port."""
+    shown = identities(facts.certificates.names) if facts.certificates is not None else ()
+    certified = [found.name for found in shown if found.role is Role.NODE]
+    hostname = facts.network.hostname if facts.network else ""
+    return asked.node_id or (certified[0] if certified else f"{hostname}:{asked.port}")
+
+
 def _names(asked: Asked, facts: Facts, own: CertificateFacts) -> Iterator[Finding]:
     """A node's must be this node's. Others are no node's, but of a coordinator or client that asks."""
-    hostname = facts.network.hostname if facts.network else ""
-    wanted = Identity(Role.NODE, asked.node_id or f"{hostname}:{asked.port}")
+    wanted = Identity(Role.NODE, node_id(asked, facts))
     shown = identities(own.names)
     nodes = [found for found in shown if found.role is Role.NODE]
     if not shown or (nodes and wanted not in nodes):
         yield error(
             "certificate-names",
             f"the certificate in {own.directory} is for {_listed(shown)}, and this would be {wanted}",
-            "The coordinator refuses a node whose certificate is another's.",
+            "A node service does not start with another's certificate, and the coordinator would refuse it.",
             "--node-id (EPMESH_NODE_ID) as in the certificate, or `epmesh certs add DIR --node NAME`",
         )
     elif not nodes:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from epmesh.errors import InvalidRequest
 from epmesh.version import VERSION, check_compatible
+from epmesh_server.doctor.checks.certificates import node_id
 from epmesh_server.doctor.facts import Asked, Dial, Dialled, Facts, HostFacts, Kind, MeshFacts, NetworkFacts, Service
 from epmesh_server.doctor.findings import Finding, error, ok, warning
 
@@ -272,7 +273,7 @@ def _same_id(asked: Asked, facts: Facts, mesh: MeshFacts) -> Iterator[Finding]:
     """A live node has the id that the one here would take. One that runs here already is that node itself."""
     if mesh.coordinator.kind is not Kind.COORDINATOR or facts.network is None:
         return
-    wanted = asked.node_id or f"{facts.network.hostname}:{asked.port}"
+    wanted = node_id(asked, facts)
     ours = mesh.here.incarnation if mesh.here else 0
     for seen in mesh.coordinator.nodes:
         if seen.node_id == wanted and seen.incarnation != ours:

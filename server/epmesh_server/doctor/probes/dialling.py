@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 
 from epmesh_server.doctor.facts import Dial, Dialled
+from epmesh_server.node.advertising import source_towards
 
 _IN_PROGRESS = (0, errno.EINPROGRESS)
 
@@ -66,7 +67,7 @@ def _outcome(connected: socket.socket, address: str, port: int) -> Dial:
         address=address,
         port=port,
         outcome=_meaning(code),
-        source=_source(connected) if code == 0 else route_source(address),
+        source=_source(connected) if code == 0 else source_towards(address),
         segment_bytes=segment,
         problem=os.strerror(code) if code else "",
     )
@@ -78,16 +79,6 @@ def _meaning(code: int) -> Dialled:
     if code in (errno.ECONNREFUSED, errno.ECONNRESET):
         return Dialled.REFUSED
     return Dialled.SILENT if code == errno.ETIMEDOUT else Dialled.UNREACHABLE
-
-
-def route_source(address: str) -> str:
-    """This host's address on the way to `address`; empty where there is no way. Sends nothing."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, 9))
-        except OSError:
-            return ""
-        return str(probe.getsockname()[0])
 
 
 def _source(connecting: socket.socket) -> str:
