@@ -16,7 +16,7 @@ from tests.integration.fake_coordinator import EP, WORLD
 from tests.integration.node_under_test import mesh
 from tests.integration.rank_process import rank_process
 from tests.integration.raw_rank import ask_descriptors
-from tests.integration.waiting import on_event_loop
+from tests.integration.waiting import PATIENCE_S, on_event_loop
 
 
 @on_event_loop
@@ -51,6 +51,7 @@ async def test_nobody_can_shrink_a_buffer_under_the_others() -> None:
         await m.commit(1, [0])
         answer, fds = await rank.buffers(WORLD, 1)
         assert os.fstat(fds[0]).st_size == answer.memfd_bytes
+        assert (os.fstat(fds[0]).st_mode & 0o777, os.fstat(fds[0]).st_nlink) == (0o600, 0)
         with pytest.raises(PermissionError):
             os.ftruncate(fds[0], 0)
 
@@ -126,3 +127,34 @@ async def test_sockets_are_for_this_user_alone() -> None:
         for path in map(Path, (node.grpc_socket, node.descriptor_socket)):
             assert path.is_socket()
             assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+@on_event_loop
+async def test_a_caller_of_another_user_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that got past the modes of directory and socket, and knows a token."""
+    async with mesh() as m:
+        node = await m.node.describe()
+        rank = await m.rank(1)
+        assert _mode(node.descriptor_socket) == 0o600
+        request = rank_service_pb2.DescriptorRequest(
+            token=rank.opened.token, control_page=rank_service_pb2.ControlPage()
+        )
+        monkeypatch.setattr("epmesh_server.node.descriptors.os.geteuid", lambda: os.getuid() + 1)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.settimeout(PATIENCE_S)
+            connection.connect(node.descriptor_socket)
+            assert await asyncio.to_thread(_answer_to, connection, request.SerializeToString()) == b""
+        monkeypatch.undo()
+        await rank.page()
+
+
+def _answer_to(connection: socket.socket, datagram: bytes) -> bytes:
+    try:
+        connection.sendall(datagram)
+        return connection.recv(4096)
+    except (BrokenPipeError, ConnectionResetError):
+        return b""
+
+
+def _mode(path: str) -> int:
+    return Path(path).stat().st_mode & 0o777

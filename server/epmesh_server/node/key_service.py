@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 
-from epmesh.errors import EpmeshError, InvalidRequest
+from epmesh.errors import EpmeshError, InvalidRequest, Unauthenticated
 from epmesh.grpc_errors import abort
 from epmesh.v1 import key_service_pb2 as wire
 from epmesh.v1 import key_service_pb2_grpc
@@ -17,10 +18,16 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class KeyService(key_service_pb2_grpc.KeyServiceServicer):
-    """KeyService over a table of leases; `curve` says whether this node's ranks use CURVE at all."""
+    """KeyService over a table of leases.
 
-    def __init__(self, table: ClientKeyTable, *, curve: bool) -> None:
+    Args:
+        taken: whether a key is that of a member, or the node service's own.
+        curve: whether this node's ranks use CURVE at all.
+    """
+
+    def __init__(self, table: ClientKeyTable, taken: Callable[[bytes], bool], *, curve: bool) -> None:
         self._table = table
+        self._taken = taken
         self._curve = curve
 
     async def LeaseKey(self, request: wire.LeaseKeyRequest, context: _Context) -> wire.LeaseKeyResponse:
@@ -28,6 +35,8 @@ class KeyService(key_service_pb2_grpc.KeyServiceServicer):
         try:
             if not self._curve:
                 raise InvalidRequest("the ranks of this node do not use CURVE; connect to them in the clear")
+            if self._taken(request.public_key):
+                raise Unauthenticated("this key is a member's of the mesh; make a key pair of your own")
             self._table.lease(request.public_key, request.name or "unnamed", owner_of(context))
         except EpmeshError as exc:
             await abort(context, exc)

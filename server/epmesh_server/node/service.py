@@ -31,6 +31,7 @@ from epmesh.v1 import (
 from epmesh.version import VERSION
 from epmesh_server.access import NODE_ACCESS, Role
 from epmesh_server.exposure import warn_if_exposed
+from epmesh_server.node.admission import member_keys
 from epmesh_server.node.advertising import advertised_address, choose_address, wants_route
 from epmesh_server.node.buffers import BufferPool
 from epmesh_server.node.client_keys import ClientKeyTable
@@ -247,11 +248,14 @@ class Node:
         rank_service_pb2_grpc.add_RankServiceServicer_to_server(ranks, server)
         discovery_service_pb2_grpc.add_DiscoveryServiceServicer_to_server(Discovery(self._board), server)
         group_service_pb2_grpc.add_GroupServiceServicer_to_server(self._groups, server)
-        keys = KeyService(self._client_keys, curve=self._settings.curve)
+        keys = KeyService(self._client_keys, self._is_member_key, curve=self._settings.curve)
         key_service_pb2_grpc.add_KeyServiceServicer_to_server(keys, server)
         router_service_pb2_grpc.add_RouterServiceServicer_to_server(self._router, server)
         self._communicators.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+
+    def _is_member_key(self, key: bytes) -> bool:
+        return self._pair is not None and key in member_keys(self._board.view, self._pair.public)
 
     def _own_slot(self) -> int | None:
         registration = self._enrolment.current
