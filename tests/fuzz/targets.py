@@ -192,7 +192,7 @@ def front_requests(data: bytes) -> None:
     while _escaped:
         raise _escaped.pop()
     assert front.open_requests == 0, "every request is answered"
-    assert front._open_bytes == 0, "and gives its bytes back"
+    assert front.open_bytes == 0, "and gives its bytes back"
 
 
 def _rows_request() -> bytes:

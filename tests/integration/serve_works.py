@@ -57,14 +57,17 @@ def reference(layer: int | None, hidden: torch.Tensor, weights: torch.Tensor, id
     return experts(layer, hidden.double(), weights.double(), ids)
 
 
-def serve(comm: Communicator, stop: Path, delay_s: float = 0.0, **options: float) -> ServeStats:
+def serve(
+    comm: Communicator, stop: Path, delay_s: float = 0.0, max_batch_rows: int = 4096, **options: float
+) -> ServeStats:
     """Serves until the file is there; `delay_s` is what each call of the experts takes besides."""
 
     def slow(layer: int | None, *tensors: torch.Tensor) -> torch.Tensor:
         time.sleep(delay_s)  # what is tested: experts that take their time
         return experts(layer, *tensors)
 
-    comm.serve(slow if delay_s else experts, stop=FileStop(stop), **options)  # type: ignore[arg-type]
+    batch: dict[str, Any] = {"max_batch_rows": max_batch_rows, **options}
+    comm.serve(slow if delay_s else experts, stop=FileStop(stop), **batch)
     assert isinstance(comm, JoinedCommunicator)
     return comm.serving_stats
 

@@ -24,6 +24,7 @@ class Waiting:
     num_bytes: int = 1
     deadline: float = LONG
     cancelled: bool = field(default=False)
+    client: str = ""
 
 
 def queue_of(*shares: Waiting, now: float = 0.0, **limits: Any) -> BatchQueue[Waiting]:
@@ -95,7 +96,7 @@ def test_cancelled_and_expired_shares_are_passed_over_and_told_of() -> None:
 
 
 def test_bytes_beyond_the_budget_are_refused_with_how_long_the_rest_may_take() -> None:
-    queue = queue_of(Waiting(num_rows=100, num_bytes=79), Waiting("b"), max_queued_bytes=100, max_batch_rows=40)
+    queue = queue_of(Waiting(num_rows=100, num_bytes=59), Waiting("b"), max_queued_bytes=100, max_batch_rows=40)
     with pytest.raises(Overloaded) as guess:
         queue.put(Waiting(num_bytes=21), 0.0)
     queue.computed(0.05, 0.0)
@@ -194,7 +195,9 @@ def test_whatever_comes_every_share_leaves_once_in_order_and_within_bounds(steps
     for what, value in steps:
         if what == "put":
             in_time = not 0 < value.deadline - now < queue.expected_s(value)
-            if in_time and queue.queued_bytes + value.num_bytes <= limits.max_queued_bytes:
+            free = limits.max_queued_bytes - queue.queued_bytes - value.num_bytes
+            fits = queue.queued_bytes + value.num_bytes <= 4 * free if queue.queued_bytes else free >= 0
+            if in_time and fits:
                 queue.put(value, now)
                 accepted.append(value)
             else:
@@ -215,3 +218,90 @@ def test_whatever_comes_every_share_leaves_once_in_order_and_within_bounds(steps
         assert len(queue) < before  # after the longest wait something always goes
     assert sorted(map(id, left)) == sorted(map(id, accepted))
     assert (queue.queued_rows, queue.queued_bytes) == (0, 0)
+
+
+def by_client(shares: list[Waiting]) -> dict[str, int]:
+    rows: dict[str, int] = {}
+    for share in shares:
+        rows[share.client] = rows.get(share.client, 0) + share.num_rows
+    return rows
+
+
+def test_a_client_that_sends_little_does_not_wait_behind_one_that_sends_much() -> None:
+    queue = queue_of(*(Waiting(client="greedy") for _ in range(100)), max_batch_rows=10)
+    modest = Waiting(client="modest")
+    queue.put(modest, 0.0)
+    assert modest in queue.take(0.0)
+
+
+def test_clients_that_both_want_more_get_the_same_rows_however_many_shares_they_cut_them_into() -> None:
+    queue = queue_of(
+        *(Waiting(client="many") for _ in range(100)),
+        *(Waiting(client="few", num_rows=5) for _ in range(20)),
+        max_batch_rows=10,
+    )
+    assert by_client([share for _ in range(8) for share in queue.take(0.0)]) == {"many": 40, "few": 40}
+
+
+def test_whoever_was_away_gets_no_more_than_others_for_that() -> None:
+    queue = queue_of(*(Waiting(client="a") for _ in range(60)), max_batch_rows=10)
+    for _ in range(3):
+        queue.take(0.0)
+    for _ in range(30):
+        queue.put(Waiting(client="b"), 0.0)
+    assert by_client([share for _ in range(4) for share in queue.take(0.0)]) == {"a": 20, "b": 20}
+
+
+def test_a_client_is_told_to_come_later_by_how_much_of_its_own_waits() -> None:
+    queue = queue_of(*(Waiting(client="greedy", deadline=1.0) for _ in range(90)), max_batch_rows=10)
+    queue.computed(0.1, 0.0)
+    with pytest.raises(Overloaded):
+        queue.put(Waiting(client="greedy", deadline=1.0), 0.0)
+    queue.put(Waiting(client="modest", deadline=0.3), 0.0)
+
+
+def test_bytes_are_left_for_a_client_that_comes_late() -> None:
+    queue = queue_of(*(Waiting(client="greedy", num_bytes=10) for _ in range(80)), max_queued_bytes=1000)
+    with pytest.raises(Overloaded, match="800 of them this client's"):
+        queue.put(Waiting(client="greedy", num_bytes=10), 0.0)
+    queue.put(Waiting(client="modest", num_bytes=100), 0.0)
+
+
+CLIENTS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 5), st.booleans()), max_size=80)
+
+
+@given(CLIENTS)
+def test_every_client_s_own_shares_keep_their_order_and_all_leave(steps: list[tuple[str, int, bool]]) -> None:
+    queue: BatchQueue[Waiting] = BatchQueue(BatchLimits(max_batch_rows=10, max_wait_s=0))
+    put: dict[str, list[Waiting]] = {client: [] for client in "abc"}
+    left: dict[str, list[Waiting]] = {client: [] for client in "abc"}
+
+    def take() -> None:
+        for share in queue.take(0.0):
+            left[share.client].append(share)
+
+    for client, num_rows, taking in steps:
+        put[client].append(share := Waiting(client=client, num_rows=num_rows))
+        queue.put(share, 0.0)
+        if taking:
+            take()
+    while len(queue):
+        take()
+    assert left == put
+    assert queue.queued_rows == queue.queued_bytes == 0
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=60), st.lists(st.integers(1, 5), min_size=1, max_size=60))
+def test_two_clients_with_rows_waiting_are_never_further_apart_than_a_share_and_a_batch(
+    ours: list[int], theirs: list[int]
+) -> None:
+    queue: BatchQueue[Waiting] = BatchQueue(BatchLimits(max_batch_rows=10, max_wait_s=0))
+    for rows in ours:
+        queue.put(Waiting(client="ours", num_rows=rows), 0.0)
+    for rows in theirs:
+        queue.put(Waiting(client="theirs", num_rows=rows), 0.0)
+    taken = {"ours": 0, "theirs": 0}
+    while taken["ours"] < sum(ours) and taken["theirs"] < sum(theirs):
+        assert abs(taken["ours"] - taken["theirs"]) <= 10
+        for share in queue.take(0.0):
+            taken[share.client] += share.num_rows

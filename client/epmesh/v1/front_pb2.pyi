@@ -53,28 +53,32 @@ class FrontResponse(_message.Message):
     def __init__(self, request_id: _Optional[int] = ..., error: _Optional[_Union[_error_pb2.Error, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_frame_pb2.TensorMeta, _Mapping]]] = ..., places: _Optional[_Iterable[int]] = ..., released: _Optional[_Iterable[int]] = ..., driver_result: _Optional[_Union[DriverResult, _Mapping]] = ...) -> None: ...
 
 class ServeRows(_message.Message):
-    __slots__ = ("layer", "epoch", "ranks")
+    __slots__ = ("layer", "epoch", "ranks", "client")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
     layer: int
     epoch: int
     ranks: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, layer: _Optional[int] = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ...) -> None: ...
+    client: str
+    def __init__(self, layer: _Optional[int] = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ..., client: _Optional[str] = ...) -> None: ...
 
 class ServeShare(_message.Message):
-    __slots__ = ("layer", "membership_epoch", "source", "result_offset", "result_bytes")
+    __slots__ = ("layer", "membership_epoch", "source", "result_offset", "result_bytes", "client")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     MEMBERSHIP_EPOCH_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     RESULT_OFFSET_FIELD_NUMBER: _ClassVar[int]
     RESULT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
     layer: int
     membership_epoch: int
     source: int
     result_offset: int
     result_bytes: int
-    def __init__(self, layer: _Optional[int] = ..., membership_epoch: _Optional[int] = ..., source: _Optional[int] = ..., result_offset: _Optional[int] = ..., result_bytes: _Optional[int] = ...) -> None: ...
+    client: str
+    def __init__(self, layer: _Optional[int] = ..., membership_epoch: _Optional[int] = ..., source: _Optional[int] = ..., result_offset: _Optional[int] = ..., result_bytes: _Optional[int] = ..., client: _Optional[str] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("request_id",)

@@ -135,7 +135,7 @@ class CommunicatorService:
         driver = self._drivers.driver_of(first.call.rank, first.call.token)
         assembly = Assembly(first.call.tensors, self._budget.most)
         with waits.driven_by(driver):
-            with self._budget.holding(assembly.num_bytes):
+            with self._budget.holding(assembly.num_bytes, driver.entry.rank):
                 assembly.add(first.data)
                 await _gather(assembly, requests, waits)
                 reply = await self._forward(driver, _request(method, first, assembly), assembly.tensors(), context)

@@ -20,7 +20,7 @@ from epmesh.v1 import router_service_pb2 as wire
 from epmesh.view import RankMode, View
 from epmesh_server.node.call_budget import CallBudget
 from epmesh_server.node.front_caller import FrontCaller, front_peer
-from epmesh_server.node.rpc import seconds_left
+from epmesh_server.node.rpc import client_of, seconds_left
 from epmesh_server.node.views import ViewBoard
 
 CHUNK_BYTES = 2 << 20
@@ -87,7 +87,8 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
             raise InvalidRequest("ForwardRows needs a message that says what the rows are")
         assembly = Assembly(first.tensors, self._budget.most)
         view, ranks = self._serving(first)
-        with self._budget.holding(assembly.num_bytes), self._turns.turn(ranks, assembly.num_bytes) as rank:
+        client = client_of(context)
+        with self._budget.holding(assembly.num_bytes, client), self._turns.turn(ranks, assembly.num_bytes) as rank:
             assembly.add(first.data)
             async for request in requests:
                 assembly.add(request.data)
@@ -97,7 +98,9 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
             left_s = seconds_left(context, MAX_CALL_S)
             if left_s <= 0:
                 raise TimeoutError
-            reply = await self._caller.call(view.mesh_id, peer, _front_request(first), tensors, timeout_s=left_s)
+            reply = await self._caller.call(
+                view.mesh_id, peer, _front_request(first, client), tensors, timeout_s=left_s
+            )
             await _send(reply, context)
 
     def _serving(self, first: wire.ForwardRowsRequest) -> tuple[View, list[int]]:
@@ -123,8 +126,8 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
         return view, ranks
 
 
-def _front_request(first: wire.ForwardRowsRequest) -> front_pb2.FrontRequest:
-    rows = front_pb2.ServeRows(epoch=first.epoch, ranks=first.ranks)
+def _front_request(first: wire.ForwardRowsRequest, client: str) -> front_pb2.FrontRequest:
+    rows = front_pb2.ServeRows(epoch=first.epoch, ranks=first.ranks, client=client)
     if first.HasField("layer"):
         rows.layer = first.layer
     return front_pb2.FrontRequest(serve_rows=rows, tensors=first.tensors)

@@ -1,7 +1,7 @@
 """A rank's front: where routers, neighbours that serve with it, and its driver send requests.
 
 One ROUTER and one thread, which checks what comes in, hands it to a handler, and sends answers; it never waits for the
-handler's work. What was taken in and not answered yet is bounded in bytes and in number.
+handler's work. What was taken in and not answered yet is bounded in bytes and in number, in all and for each client.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from epmesh.frames import MAX_HEADER_BYTES, MAX_TENSORS, Buffer
 from epmesh.front import check_frames, configure_front_socket
 from epmesh.v1 import front_pb2
 from epmesh_server.curve_users import Domain
+from epmesh_server.fair_budget import FairBudget
+from epmesh_server.ranks.clients import client_key
 from epmesh_server.ranks.curve_door import CurveDoor
 
 _log = logging.getLogger(__name__)
@@ -45,15 +47,17 @@ class Incoming:
         tensors: the bytes of those of ``request.tensors`` that came as frames, in order; valid for as long as this is.
         deadline: ``time.monotonic()`` after which nobody waits for the answer.
         num_bytes: what it counts for in the front's budget.
+        client: for whom.
     """
 
     def __init__(
-        self, front: Front, key: _Key, request: front_pb2.FrontRequest, tensors: tuple[memoryview, ...]
+        self, front: Front, key: _Key, request: front_pb2.FrontRequest, tensors: tuple[memoryview, ...], client: str
     ) -> None:
         self.request = request
         self.tensors = tensors
         self.deadline = time.monotonic() + min(request.deadline_ms / 1000, _MAX_DEADLINE_S)
         self.num_bytes = sum(map(len, tensors))
+        self.client = client
         self._front = front
         self._key = key
         self._lock = threading.Lock()  # guards what follows
@@ -109,18 +113,19 @@ class Front:
         """Binds a free port of `host`.
 
         Args:
-            budget_bytes: most bytes of requests that were taken in and not answered yet; beyond, `Overloaded`.
+            budget_bytes: most bytes of requests that were taken in and not answered yet; beyond, or beyond a client's
+                part of it, `Overloaded`.
             on_request: the handler; see `handle`.
             door: encrypts connections and admits known keys alone; `None`: everybody, in the clear.
         """
         self.refused = 0
-        self._budget_bytes = budget_bytes
         self._door = door
         self._handler: Handler = on_request or _not_ready
         self._who: tuple[str, int, int] | None = None
-        self._lock = threading.Lock()  # guards _open, _open_bytes, _closing
+        self._lock = threading.Lock()  # guards _open, _bytes, _places, _closing
         self._open: dict[_Key, Incoming] = {}
-        self._open_bytes = 0
+        self._bytes = FairBudget(budget_bytes)
+        self._places = FairBudget(MAX_OPEN_REQUESTS)
         self._closing = False
         self._answers: queue.SimpleQueue[tuple[bytes, list[Buffer]] | None] = queue.SimpleQueue()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -143,7 +148,7 @@ class Front:
     @property
     def open_bytes(self) -> int:
         """Bytes of those."""
-        return self._open_bytes
+        return self._bytes.held
 
     def identify(self, mesh_id: str, rank: int, incarnation: int) -> None:
         """Says whose front it is; requests for somebody else are refused. Before that all are `NotReady`."""
@@ -174,7 +179,8 @@ class Front:
             incoming = self._open.pop(key, None)
             if incoming is None:
                 return
-            self._open_bytes -= incoming.num_bytes
+            self._bytes.release(incoming.client, incoming.num_bytes)
+            self._places.release(incoming.client, 1)
             self._answers.put((key[0], frames))
             os.eventfd_write(self._wake_fd, 1)
 
@@ -231,7 +237,8 @@ class Front:
             if self._door is not None:
                 self._door.check_front(route, request)
             self._check(request)
-            incoming = Incoming(self, key, request, check_frames(request, frames[1:]))
+            tensors = check_frames(request, frames[1:])
+            incoming = Incoming(self, key, request, tensors, client_key(route, request))
             self._admit(key, incoming)
         except EpmeshError as exc:
             self.refused += 1
@@ -262,14 +269,19 @@ class Front:
                 raise MeshUnavailable("the rank is leaving")
             if key in self._open:
                 raise InvalidRequest(f"request {key[1]} is open already; number requests anew")
-            if len(self._open) >= MAX_OPEN_REQUESTS or self._open_bytes + incoming.num_bytes > self._budget_bytes:
-                raise Overloaded(
-                    _RETRY_AFTER_S,
-                    f"{len(self._open)} requests of {self._open_bytes} bytes wait here; {incoming.num_bytes} more "
-                    f"do not fit into {self._budget_bytes}",
-                )
+            if not self._places.fits(incoming.client, 1) or not self._bytes.fits(incoming.client, incoming.num_bytes):
+                raise self._overloaded(incoming)
             self._open[key] = incoming
-            self._open_bytes += incoming.num_bytes
+            self._bytes.hold(incoming.client, incoming.num_bytes)
+            self._places.hold(incoming.client, 1)
+
+    def _overloaded(self, incoming: Incoming) -> Overloaded:
+        own, client = self._bytes.held_by(incoming.client), incoming.client
+        return Overloaded(
+            _RETRY_AFTER_S,
+            f"{len(self._open)} requests of {self._bytes.held} bytes wait here, {self._places.held_by(client)} of "
+            f"{own} bytes this client's; {incoming.num_bytes} more do not fit into its part of {self._bytes.limit}",
+        )
 
 
 def _parse(frames: Sequence[Buffer]) -> front_pb2.FrontRequest:

@@ -1,22 +1,28 @@
 """Which of the shares that wait go into the next call of the experts. Pure: no clock, no thread, no tensor.
 
-Shares that can be computed together have the same key. The one that waits longest decides whose turn it is, so that
-none waits for ever; others with its key ride along in the order they came in, up to a number of rows.
+Shares that can be computed together have the same key. The first in turn decides which key is next; others with its
+key ride along, up to a number of rows. Turns go round the clients by rows, by start-time fair queuing (Goyal, Vin and
+Cheng, 1996): a client's own shares keep their order, none waits for ever, and a client that sends more than it can be
+given waits behind itself alone.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
+import math
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from epmesh.errors import InvalidRequest, Overloaded
+from epmesh_server.fair_budget import FairBudget
 
 _SMOOTHING, _SMOOTHING_DOWN = 0.2, 0.5  # weight of the newest measurement
 _LONGEST_GAP = 4.0  # times max_wait_s: a long pause must not outweigh the burst that comes after it
 _SLACK = 1.25  # a queue that is filled up to the deadline would have every stall make everything late
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.001, 5.0
+_STARTS_KEPT = 64
 _FIRST_RETRY_S = 0.05  # where nothing was measured yet
 
 
@@ -27,7 +33,7 @@ class BatchLimits:
     Attributes:
         max_batch_rows: most rows of one call; a single share may have more.
         max_wait_s: longest time a share waits for others while nothing is computed.
-        max_queued_bytes: most bytes of shares that wait; beyond, `Overloaded`.
+        max_queued_bytes: most bytes of shares that wait; beyond, or beyond a client's part of it, `Overloaded`.
 
     Raises:
         InvalidRequest: a value is out of range.
@@ -55,6 +61,10 @@ class Share(Protocol):
         """Shares with equal keys can be computed together."""
 
     @property
+    def client(self) -> Hashable:
+        """Whose it is; clients take turns."""
+
+    @property
     def num_rows(self) -> int:
         """Its rows."""
 
@@ -74,26 +84,40 @@ class Share(Protocol):
 _S = TypeVar("_S", bound=Share)
 
 
+@dataclass(order=True)
+class _Waiting(Generic[_S]):
+    """A share that waits, in the order of turns."""
+
+    start: int  # in rows, of the queue's virtual time
+    number: int
+    share: _S = field(compare=False)
+
+
 @dataclass(eq=False)
 class _Line(Generic[_S]):
-    """Shares of one key: arrival, number, share; and their rows."""
+    """Shares of one key, a heap; when the first of them came, and their rows by client."""
 
-    shares: deque[tuple[float, int, _S]] = field(default_factory=deque)
-    rows: int = 0
+    since: float
+    shares: list[_Waiting[_S]] = field(default_factory=list)
+    rows: Counter[Hashable] = field(default_factory=Counter)
 
 
 class BatchQueue(Generic[_S]):
     """Shares that wait for the experts. Times are of one clock, in seconds, and never fall; one thread at a time.
 
     Attributes:
-        queued_rows, queued_bytes: of what waits, the dead included until they are met.
+        queued_rows: of what waits, the dead included until they are met.
         dropped: shares that were cancelled or too old when their turn came; whoever takes batches empties it.
     """
 
     def __init__(self, limits: BatchLimits) -> None:
-        self.queued_rows = self.queued_bytes = 0
+        self.queued_rows = 0
         self.dropped: list[_S] = []
         self._limits = limits
+        self._budget = FairBudget(limits.max_queued_bytes)
+        self._rows: Counter[Hashable] = Counter()  # of what waits, by client
+        self._now_serving = 0  # virtual time: the start of the share that was taken last
+        self._next_start: dict[Hashable, int] = {}  # of a client's next share, where that is not the virtual time
         self._waiting: dict[Hashable, _Line[_S]] = {}  # by key; none is empty
         self._arrivals = 0
         self._last_arrival = 0.0
@@ -101,6 +125,11 @@ class BatchQueue(Generic[_S]):
         self._computed_until = float("-inf")
         self._computing = False
         self._batch_s = 0.0  # mean time of a batch; 0 where none was computed yet
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of what waits."""
+        return self._budget.held
 
     def __len__(self) -> int:
         return sum(len(line.shares) for line in self._waiting.values())
@@ -117,11 +146,11 @@ class BatchQueue(Generic[_S]):
                 min(max(needed_s - left_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S),
                 f"the rows would take {needed_s:.3f} s here, and have {left_s:.3f} s left",
             )
-        if self.queued_bytes + share.num_bytes > self._limits.max_queued_bytes:
+        if not self._budget.fits(share.client, share.num_bytes):
             raise Overloaded(
                 self.retry_after_s(),
-                f"{self.queued_bytes} bytes of rows wait here; {share.num_bytes} more do not fit into "
-                f"{self._limits.max_queued_bytes}",
+                f"{self.queued_bytes} bytes of rows wait here, {self._budget.held_by(share.client)} of them this "
+                f"client's; {share.num_bytes} more do not fit into its part of {self._limits.max_queued_bytes}",
             )
         if self._arrivals:
             gap_s = min(now - self._last_arrival, _LONGEST_GAP * self._limits.max_wait_s)
@@ -129,40 +158,49 @@ class BatchQueue(Generic[_S]):
             self._gap_s = self._gap_s + _SMOOTHING * (gap_s - self._gap_s) if known else gap_s
         self._arrivals += 1
         self._last_arrival = now
-        self.queued_rows += share.num_rows
-        self.queued_bytes += share.num_bytes
-        line = self._waiting.setdefault(share.key, _Line())
-        line.shares.append((now, self._arrivals, share))
-        line.rows += share.num_rows
+        self._file(share, now)
+
+    def _file(self, share: _S, now: float) -> None:
+        client, rows = share.client, share.num_rows
+        start = max(self._now_serving, self._next_start.get(client, 0))
+        self._next_start[client] = start + rows
+        self.queued_rows += rows
+        self._rows[client] += rows
+        self._budget.hold(client, share.num_bytes)
+        line = self._waiting.setdefault(share.key, _Line(now))
+        line.rows[client] += rows
+        heapq.heappush(line.shares, _Waiting(start, self._arrivals, share))
 
     def take(self, now: float) -> list[_S]:
         """The next batch, all of one key; empty where none is due yet (`wait_s` says when to look again)."""
         self._skip_dead(now)
-        oldest = self._oldest()
-        if oldest is None or self._due_at(oldest) > now:
+        first = self._first()
+        if first is None or self._due_at(first) > now:
             return []
-        line = self._waiting[oldest]
+        line = self._waiting[first]
         batch: list[_S] = []
         rows = 0
         while line.shares:
-            share = line.shares[0][2]
+            share = line.shares[0].share
             if self._dead(share, now):
                 self.dropped.append(self._pop(line))
                 continue
             if batch and rows + share.num_rows > self._limits.max_batch_rows:
                 break
+            self._now_serving = max(self._now_serving, line.shares[0].start)
             batch.append(self._pop(line))
             rows += share.num_rows
         if not line.shares:
-            del self._waiting[oldest]
+            del self._waiting[first]
+        self._forget_starts()
         self._computing = bool(batch)
         return batch
 
     def wait_s(self, now: float) -> float | None:
         """Seconds until a batch is due if nothing else comes; 0 where one is; `None` where nothing waits."""
         self._skip_dead(now)
-        oldest = self._oldest()
-        return None if oldest is None else max(0.0, self._due_at(oldest) - now)
+        first = self._first()
+        return None if first is None else max(0.0, self._due_at(first) - now)
 
     def computed(self, seconds: float, now: float) -> None:
         """A batch was computed; what arrived meanwhile goes together, at once."""
@@ -179,54 +217,70 @@ class BatchQueue(Generic[_S]):
         """
         if not (self._waiting or self._computing):
             return 0.0
-        rows = {key: line.rows for key, line in self._waiting.items()}
+        own = self._rows[share.client] + share.num_rows
+        rows = {key: self._rows_before(line, own) for key, line in self._waiting.items()}
         rows[share.key] = rows.get(share.key, 0) + share.num_rows
         return (self._batches(rows.values()) + self._computing) * self._batch_s * _SLACK
+
+    def _rows_before(self, line: _Line[_S], own: int) -> float:
+        """Rows of a line that come before the last of `own` rows of a client: of others as many, and no more."""
+        return sum(rows * min(1.0, own / max(self._rows[client], 1)) for client, rows in line.rows.items())
 
     def retry_after_s(self) -> float:
         """The hint where bytes do not fit: how long what waits may take."""
         if not self._batch_s:
             return _FIRST_RETRY_S
-        wait_s = self._batches(line.rows for line in self._waiting.values()) * self._batch_s
+        wait_s = self._batches(line.rows.total() for line in self._waiting.values()) * self._batch_s
         return min(max(wait_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
 
-    def _batches(self, rows: Iterable[int]) -> int:
-        return sum(max(1, -(-each // self._limits.max_batch_rows)) for each in rows)
+    def _batches(self, rows: Iterable[float]) -> int:
+        return sum(max(1, math.ceil(each / self._limits.max_batch_rows)) for each in rows)
 
     def drain(self) -> list[_S]:
         """Takes out everything that waits, in the order it came in."""
-        everything = sorted((each for line in self._waiting.values() for each in line.shares), key=lambda each: each[1])
+        everything = sorted((each for line in self._waiting.values() for each in line.shares), key=lambda w: w.number)
+        for line in list(self._waiting.values()):
+            while line.shares:
+                self._pop(line)
         self._waiting.clear()
-        self.queued_rows = self.queued_bytes = 0
-        return [share for _, _, share in everything]
+        return [each.share for each in everything]
 
-    def _oldest(self) -> Hashable | None:
-        return min(self._waiting, key=lambda key: self._waiting[key].shares[0][1], default=None)
+    def _first(self) -> Hashable | None:
+        return min(self._waiting, key=lambda key: self._waiting[key].shares[0], default=None)
 
     def _due_at(self, key: Hashable) -> float:
         """When the batch that `key` heads goes, if nothing else comes: at once unless waiting is likely to pay."""
         line = self._waiting[key]
-        arrived = line.shares[0][0]
+        arrived = line.since
         latest = arrived + self._limits.max_wait_s
         lonely = self._last_arrival + self._gap_s > latest or len(self._waiting) > 1
         if lonely or arrived <= self._computed_until:
             return arrived
-        return arrived if line.rows >= self._limits.max_batch_rows else latest
+        return arrived if line.rows.total() >= self._limits.max_batch_rows else latest
 
     def _skip_dead(self, now: float) -> None:
         """Removes the dead from the heads, so that every head is alive."""
         for key, line in list(self._waiting.items()):
-            while line.shares and self._dead(line.shares[0][2], now):
+            while line.shares and self._dead(line.shares[0].share, now):
                 self.dropped.append(self._pop(line))
             if not line.shares:
                 del self._waiting[key]
 
     def _pop(self, line: _Line[_S]) -> _S:
-        _, _, share = line.shares.popleft()
-        line.rows -= share.num_rows
+        share = heapq.heappop(line.shares).share
+        for rows in (line.rows, self._rows):
+            rows[share.client] -= share.num_rows
+            if not rows[share.client]:
+                del rows[share.client]
         self.queued_rows -= share.num_rows
-        self.queued_bytes -= share.num_bytes
+        self._budget.release(share.client, share.num_bytes)
         return share
+
+    def _forget_starts(self) -> None:
+        """Forgets clients whose next share would start now anyway."""
+        if len(self._next_start) > 2 * len(self._rows) + _STARTS_KEPT:
+            now = self._now_serving
+            self._next_start = {client: start for client, start in self._next_start.items() if start > now}
 
     @staticmethod
     def _dead(share: _S, now: float) -> bool:

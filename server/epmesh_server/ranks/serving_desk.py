@@ -227,6 +227,7 @@ class Desk:
                     request.deadline,
                     lambda: request.abandoned,
                     lambda outcome: self._post_own(request, index, outcome),
+                    request.incoming.client,
                 )
             )
         for rank in wanted:
@@ -237,6 +238,7 @@ class Desk:
         index = request.router_rows.index(rank)
         memory = None if as_frames else self._memories.newest()
         message, frames, slab, result_at = self._written(request.router_rows, rank, index, memory)
+        message.serve_share.client = request.incoming.client
         info = request.view.ranks[rank]
         peer = FrontPeer(rank, info.incarnation, info.front_endpoint, info.curve_key)
         timeout_s = max(request.deadline - time.monotonic(), 0.001)
@@ -359,7 +361,7 @@ class Desk:
         def deliver(outcome: Outcome) -> None:
             _answer_share(incoming, memory, outcome)
 
-        self._queue.put(QueuedShare(rows, incoming.deadline, lambda: incoming.cancelled, deliver))
+        self._queue.put(QueuedShare(rows, incoming.deadline, lambda: incoming.cancelled, deliver, incoming.client))
         incoming.on_cancel(lambda: self._post(lambda: self._forget(incoming)))
 
     def _forget(self, incoming: Incoming) -> None:

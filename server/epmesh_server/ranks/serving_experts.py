@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +66,14 @@ class QueuedShare:
         deadline: ``time.monotonic()`` after which nobody waits.
         is_cancelled: whether nobody waits any more; called from several threads.
         deliver: takes the results ``[rows, width]`` or the error, on the computing thread; copies what it keeps.
+        client: whose rows they are.
     """
 
     rows: Rows
     deadline: float
     is_cancelled: Callable[[], bool]
     deliver: Callable[[Outcome], None]
+    client: Hashable = ""
 
     @property
     def key(self) -> BatchKey:
