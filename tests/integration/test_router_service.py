@@ -145,9 +145,9 @@ def test_a_budget_refuses_what_never_fits_for_good_and_what_does_not_fit_now_for
     with pytest.raises(InvalidRequest), budget.holding(101):
         pass
     with budget.holding(60):
-        with pytest.raises(Overloaded), budget.holding(41):
+        with pytest.raises(Overloaded), budget.holding(41, "other"):
             pass
-        with budget.holding(40):
+        with budget.holding(40, "other"):
             assert budget.held == 100
     assert budget.held == 0
 
