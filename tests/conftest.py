@@ -9,6 +9,8 @@ import signal
 import hypothesis
 import pytest
 
+from tests.integration import security_matrix
+
 # The same examples on every run, and no wall-clock limit for one: a busy machine must not fail a property.
 # HYPOTHESIS_PROFILE=search looks for new counterexamples instead.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, database=None, print_blob=True)
@@ -26,6 +28,15 @@ def pytest_configure() -> None:
     processes that tests start inherit that, and some tests interrupt them."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what was tried against secured meshes, and how each attempt was refused."""
+    lines = security_matrix.table()
+    if lines:
+        terminalreporter.section("refused")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

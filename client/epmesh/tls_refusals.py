@@ -66,7 +66,10 @@ def _secured(connection: socket.socket, tls: TlsFiles, server: str) -> str | Non
 
 
 def _closed(tls: TlsFiles) -> str:
-    return f"the service refused {tls.certificate}: it is over, or of an authority that the service does not believe"
+    return (
+        f"the service refused {tls.certificate}: it is over, of an authority that the service does not "
+        "believe, or not made for clients"
+    )
 
 
 def _context(tls: TlsFiles) -> ssl.SSLContext:

@@ -58,7 +58,7 @@ def identities(uris: Iterable[str]) -> tuple[Identity, ...]:
 _ROLES = {role.value: role for role in Role}
 _ANYBODY = frozenset(Role)
 _NODES = frozenset({Role.NODE})
-_READERS = frozenset({Role.NODE, *CLIENT_ROLES})
+_READERS = _ANYBODY
 _SENDERS = frozenset({Role.ROUTER, Role.DRIVER})
 _DRIVERS = frozenset({Role.DRIVER})
 

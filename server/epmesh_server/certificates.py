@@ -158,11 +158,10 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _purposes(identities: Sequence[Identity]) -> list[x509.ObjectIdentifier]:
-    roles = {identity.role for identity in identities}
-    serves = roles & {Role.COORDINATOR, Role.NODE}
-    calls = roles - {Role.COORDINATOR}
+    serves = {identity.role for identity in identities} & {Role.COORDINATOR, Role.NODE}
+    # Every service is asked for its health with its own certificate too, where it runs.
     purposes = [ExtendedKeyUsageOID.SERVER_AUTH] if serves else []
-    return [*purposes, ExtendedKeyUsageOID.CLIENT_AUTH] if calls else purposes
+    return [*purposes, ExtendedKeyUsageOID.CLIENT_AUTH]
 
 
 def _names(identities: Sequence[Identity]) -> list[x509.GeneralName]:

@@ -381,6 +381,14 @@ class LocalMesh:
         """What a router or driver of this mesh shows itself with; `None` where it is not secured."""
         return self._certificate(Identity(Role.DRIVER, "local"), Identity(Role.ROUTER, "local"))
 
+    @property
+    def authority(self) -> Authority | None:
+        """Who makes the certificates of this mesh, for others that tests need; `None` where it is not secured."""
+        if not self._secured:
+            return None
+        folder = self._path("certificates")
+        return Authority.load(folder) if folder.exists() else Authority.make(folder)
+
     def view(self) -> View:
         """The newest view that a living node service knows."""
         address = self.address
@@ -400,11 +408,10 @@ class LocalMesh:
 
     def _certificate(self, *identities: Identity) -> TlsFiles | None:
         """The certificate with these identities, made when first needed; `None` where the mesh is not secured."""
-        if not self._secured:
+        authority = self.authority
+        if authority is None:
             return None
-        folder = self._path("certificates")
-        authority = Authority.load(folder) if folder.exists() else Authority.make(folder)
-        directory = folder / directory_name(identities[0])
+        directory = authority.directory / directory_name(identities[0])
         return TlsFiles.from_directory(directory) if directory.exists() else authority.issue(directory, identities)
 
     def _ranks_of(self, slot: int) -> range:

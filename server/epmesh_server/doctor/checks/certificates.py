@@ -22,7 +22,7 @@ def check_certificates(asked: Asked, facts: Facts) -> Iterator[Finding]:
     services = (facts.mesh.coordinator, facts.mesh.node) if facts.mesh else ()
     for service in services:
         if service is not None:
-            yield from _met(asked, facts.certificates, service)
+            yield from _met(asked, service)
 
 
 def _own(asked: Asked, facts: Facts, own: CertificateFacts) -> Iterator[Finding]:
@@ -101,14 +101,12 @@ def _lasting(own: CertificateFacts) -> Finding:
     return ok("certificate", f"the certificate in {own.directory} is good for {left_s / _DAY_S:.0f} days")
 
 
-def _met(asked: Asked, own: CertificateFacts | None, service: Service) -> Iterator[Finding]:
+def _met(asked: Asked, service: Service) -> Iterator[Finding]:
     """What came of calls."""
-    roles = {found.role for found in identities(own.names)} if own is not None else set()
-    if service.role_refusal or (service.tls_refusal and roles == {Role.COORDINATOR}):
+    if service.role_refusal:
         yield warning(
             "role-refused",
-            f"{service.address} lets nobody ask with the certificate in {asked.tls_dir}: "
-            f"{service.role_refusal or 'a coordinator only answers'}",
+            f"{service.address} lets nobody ask with the certificate in {asked.tls_dir}: {service.role_refusal}",
             "What the service knows stays unseen.",
             "run the doctor with the certificate of a node or of a client",
         )
