@@ -52,6 +52,13 @@ PLACES = (
         may=("refused", "coordinator-loopback"),
     ),
     Place(
+        "no_route_leads_out",
+        ("no-route-out",),
+        NET,
+        "--host 0.0.0.0 --insecure",
+        ("would advertise 127.0.0.1 (by its routes): no route leads out of this host, though it has 10.9.0.1",),
+    ),
+    Place(
         "advertised_is_loopback",
         ("advertised-loopback",),
         HERE,

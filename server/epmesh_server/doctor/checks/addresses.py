@@ -102,7 +102,7 @@ def _advertised(asked: Asked, network: NetworkFacts, coordinator: Service | None
         )
         return
     if is_loopback(asked.coordinator_host) and all(map(is_loopback, lookup.addresses)):
-        yield ok("advertised", f"{host} ({says}): a mesh on this host alone")
+        yield _alone(asked, network, f"{host} ({says})")
         return
     if is_loopback(host) and not is_loopback(asked.coordinator_host):
         return  # the options alone show it
@@ -112,6 +112,24 @@ def _advertised(asked: Asked, network: NetworkFacts, coordinator: Service | None
     yield found
     if found.cause in ("advertised", "advertised-foreign", "advertised-wrong-interface"):
         yield from _links(asked, network, host, address)
+
+
+def _alone(asked: Asked, network: NetworkFacts, named: str) -> Finding:
+    """Loopback, with a coordinator beside it: as it should be, unless it listens for others, too."""
+    others = [address for interface in network.interfaces for address in interface.addresses if _travels(address)]
+    if asked.host not in ANY_HOST or asked.advertise or not others:
+        return ok("advertised", f"{named}: a mesh on this host alone")
+    return warning(
+        "no-route-out",
+        f"the node would advertise {named}: no route leads out of this host, though it has {', '.join(others)}",
+        "Nodes on the same network, such as a compose network with `internal: true`, would look for it on themselves.",
+        f"--advertise {others[0]} (EPMESH_ADVERTISE), or the coordinator in a container of its own",
+    )
+
+
+def _travels(address: str) -> bool:
+    found = ipaddress.ip_address(address.partition("%")[0])
+    return not (found.is_loopback or found.is_link_local)
 
 
 def _judged(asked: Asked, network: NetworkFacts, coordinator: Service | None, address: str, named: str) -> Finding:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from epmesh_server.doctor.facts import Asked, Facts, HostFacts
+from epmesh_server.doctor.facts import Asked, Facts, HostFacts, NetworkFacts
 from epmesh_server.doctor.findings import Finding, error, ok, warning
 
 _SHELLS = ("sh", "bash", "dash", "ash", "busybox")
@@ -23,7 +23,10 @@ def check_host(asked: Asked, facts: Facts) -> Iterator[Finding]:
     yield ok("versions", ", ".join(shown))
     yield from _torch(asked, host)
     yield from _proxy(host)
-    yield from _environment(asked, facts, host)
+    if facts.network is not None and not facts.network.interfaces_problem:
+        yield from _interface_variables(facts.network, host)
+    yield from _left_over(asked, host)
+    yield from _service_links(host)
     yield from _first(host)
 
 
@@ -53,23 +56,22 @@ def _proxy(host: HostFacts) -> Iterator[Finding]:
         yield ok("proxy", f"{shown}: epmesh's own connections take no proxy")
 
 
-def _environment(asked: Asked, facts: Facts, host: HostFacts) -> Iterator[Finding]:
-    known = {interface.name for interface in facts.network.interfaces} if facts.network else set()
+def _interface_variables(network: NetworkFacts, host: HostFacts) -> Iterator[Finding]:
+    known = {interface.name for interface in network.interfaces}
     for name in _INTERFACES:
         value = host.environment.get(name, "")
         wanted = [part for part in value.lstrip("=").split(",") if part]
-        if (
-            facts.network
-            and wanted
-            and not value.startswith("^")
-            and not any(interface.startswith(tuple(wanted)) for interface in known)
-        ):
+        given = wanted and not value.startswith("^")  # "^docker0" leaves one out
+        if given and not any(interface.startswith(tuple(wanted)) for interface in known):
             yield error(
                 "interface-variable",
                 f"{name}={value}, and there is no such interface; there are: {', '.join(sorted(known))}",
                 "Device groups cannot be formed: every rank fails in its first collective call.",
                 f"unset {name} (epmesh's device groups stay inside the node), or name an interface that exists",
             )
+
+
+def _left_over(asked: Asked, host: HostFacts) -> Iterator[Finding]:
     left = [f"{name}={host.environment[name]}" for name in _LAUNCHER if host.environment.get(name)]
     if left:
         yield warning(
@@ -79,6 +81,16 @@ def _environment(asked: Asked, facts: Facts, host: HostFacts) -> Iterator[Findin
             "for that address.",
             "leave them out of the container's environment",
         )
+    if host.environment.get("NCCL_P2P_DISABLE") == "1" and asked.on_gpu:
+        yield warning(
+            "p2p-disabled",
+            "NCCL_P2P_DISABLE=1",
+            "NCCL copies through host memory although devices could reach each other.",
+            "unset it",
+        )
+
+
+def _service_links(host: HostFacts) -> Iterator[Finding]:
     links = [name for name in _SERVICE_LINKS if name in host.environment]
     if links:
         yield warning(
@@ -86,13 +98,6 @@ def _environment(asked: Asked, facts: Facts, host: HostFacts) -> Iterator[Findin
             f"Kubernetes sets {' and '.join(links)}, and so a variable of epmesh's port beside each",
             "The variable of an option is taken by a service of the same name; epmesh passes it over.",
             "`enableServiceLinks: false` in the pod's spec, or another name for the service",
-        )
-    if host.environment.get("NCCL_P2P_DISABLE") == "1" and asked.on_gpu:
-        yield warning(
-            "p2p-disabled",
-            "NCCL_P2P_DISABLE=1",
-            "NCCL copies through host memory although devices could reach each other.",
-            "unset it",
         )
 
 
