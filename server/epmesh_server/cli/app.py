@@ -144,6 +144,14 @@ def serve(
             rich_help_panel=_SERVICE,
         ),
     ] = False,
+    metrics_port: Annotated[
+        int,
+        typer.Option(
+            envvar="EPMESH_METRICS_PORT",
+            help="Where Prometheus finds /metrics, in plain HTTP; 0: nowhere.",
+            rich_help_panel=_SERVICE,
+        ),
+    ] = 0,
     coordinator_tls_dir: Annotated[
         Path | None,
         typer.Option(
@@ -156,6 +164,12 @@ def serve(
     coordinator_port: Annotated[
         int, typer.Option(envvar="EPMESH_COORDINATOR_PORT", help="Its port.", rich_help_panel=_COORDINATOR)
     ] = 7401,
+    coordinator_metrics_port: Annotated[
+        int,
+        typer.Option(
+            envvar="EPMESH_COORDINATOR_METRICS_PORT", help="Its --metrics-port.", rich_help_panel=_COORDINATOR
+        ),
+    ] = 0,
     data_dir: Annotated[
         Path | None,
         typer.Option(
@@ -288,6 +302,7 @@ def serve(
     configure_logging(log_level)
     beside = {"--coordinator-port": "coordinator_port", "--data-dir": "data_dir", "--stride": "stride"}
     beside["--coordinator-tls-dir"] = "coordinator_tls_dir"
+    beside["--coordinator-metrics-port"] = "coordinator_metrics_port"
     if coordinator is not None:
         _refuse_beside(context, coordinator, {**beside, "--min-nodes": "min_nodes"})
     hosted = None
@@ -322,6 +337,7 @@ def serve(
             slot=slot,
             tls=tls_files(tls_dir),
             insecure=insecure,
+            metrics_port=metrics_port or None,
         ),
         None
         if coordinator is not None
@@ -333,6 +349,7 @@ def serve(
             min_nodes=min_nodes,
             tls_dir=_tls_dir_beside(tls_dir, coordinator_tls_dir),
             insecure=insecure,
+            metrics_port=coordinator_metrics_port,
             log_level=log_level,
         ),
         hosted,
@@ -375,6 +392,13 @@ def coordinator(
             help="Allow a --host that others can reach, though nothing authenticates them.",
         ),
     ] = False,
+    metrics_port: Annotated[
+        int,
+        typer.Option(
+            envvar=["EPMESH_COORDINATOR_METRICS_PORT", "EPMESH_METRICS_PORT"],
+            help="Where Prometheus finds /metrics, in plain HTTP; 0: nowhere.",
+        ),
+    ] = 0,
     log_level: LevelOption = LogLevel.INFO,
     supervisor: Annotated[int | None, typer.Option("--supervisor", hidden=True)] = None,
 ) -> None:
@@ -394,6 +418,7 @@ def coordinator(
         min_nodes=min_nodes,
         tls_dir=tls_dir,
         insecure=insecure,
+        metrics_port=metrics_port,
         log_level=log_level,
     )
     serving.coordinate(options, supervisor)
@@ -550,7 +575,8 @@ def take_service_links(environment: MutableMapping[str, str]) -> dict[str, str]:
 
     In a pod, a service named ``epmesh`` is also ``EPMESH_PORT=tcp://10.96.0.7:7400``, which is an option's variable.
     """
-    names = [name for name in ("EPMESH_PORT", "EPMESH_COORDINATOR_PORT") if "://" in environment.get(name, "")]
+    options = ("EPMESH_PORT", "EPMESH_COORDINATOR_PORT", "EPMESH_METRICS_PORT", "EPMESH_COORDINATOR_METRICS_PORT")
+    names = [name for name in options if "://" in environment.get(name, "")]
     return {name: environment.pop(name) for name in names}
 
 

@@ -40,6 +40,7 @@ class CoordinatorOptions:
     tls_dir: Path | None
     insecure: bool
     log_level: LogLevel
+    metrics_port: int = 0
 
     @property
     def directory(self) -> Path:
@@ -50,7 +51,7 @@ class CoordinatorOptions:
         """The command that runs it as a child of this process."""
         command = [sys.executable, "-m", "epmesh_server.cli", "coordinator", "--supervisor", str(os.getpid())]
         command += ["--host", self.host, "--port", str(self.port), "--data-dir", str(self.directory)]
-        command += ["--log-level", self.log_level.value]
+        command += ["--log-level", self.log_level.value, "--metrics-port", str(self.metrics_port)]
         if self.stride is not None:
             command += ["--stride", str(self.stride)]
         if self.min_nodes is not None:
@@ -104,6 +105,7 @@ def coordinate(options: CoordinatorOptions, supervisor: int | None) -> None:
         min_nodes=options.min_nodes,
         tls=tls_files(options.tls_dir),
         insecure=options.insecure,
+        metrics_port=options.metrics_port or None,
         **stride,
     )
     asyncio.run(_until_signal(lambda signals: run_coordinator(settings, signals.stop, lambda _: None)))

@@ -13,6 +13,7 @@ from typing import Any
 from epmesh.errors import EpmeshError, MeshUnavailable
 from epmesh.view import View
 from epmesh_server.coordinator.log import Store
+from epmesh_server.coordinator.metrics import CommitCounters
 from epmesh_server.coordinator.outbox import Outbox
 from epmesh_server.coordinator.watch import ViewBoard
 from epmesh_server.membership import Membership, Record, ViewCommitted
@@ -59,6 +60,7 @@ class Engine:
         self._closed = False
         self._failure: Exception | None = None
         self.board = ViewBoard(machine.view)
+        self.counters = CommitCounters(machine.view)
 
     # What the services call --------------------------------------------------------------------------------------
 
@@ -193,6 +195,7 @@ class Engine:
     # Carrying out ------------------------------------------------------------------------------------------------
 
     def _carry_out(self, action: Action) -> None:
+        self.counters.observe(action, self._clock())
         match action:
             case Send():
                 if outbox := self._outboxes.get(action.session):

@@ -55,6 +55,10 @@ class Store(Protocol):
             MeshUnavailable: they may not be, and nothing can be appended any more.
         """
 
+    @property
+    def num_bytes(self) -> int:
+        """What the records take."""
+
     def close(self) -> None:
         """Lets go of the store; idempotent."""
 
@@ -72,6 +76,11 @@ class MemoryStore:
     def append(self, records: Sequence[Record]) -> None:
         """Adds records."""
         self.records.extend(records)
+
+    @property
+    def num_bytes(self) -> int:
+        """None of any disk."""
+        return 0
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -115,6 +124,11 @@ class FileStore:
         except OSError as exc:
             raise InvalidRequest(f"log {self._path} cannot be used: {exc.strerror}") from exc
         return list(self._snapshot.records())
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the log."""
+        return self._bytes
 
     def append(self, records: Sequence[Record]) -> None:
         """Adds records as one frame and waits until they are on disk."""

@@ -19,10 +19,12 @@ from epmesh.errors import InvalidRequest
 from epmesh_server.access import COORDINATOR_ACCESS, Role
 from epmesh_server.coordinator.engine import Engine
 from epmesh_server.coordinator.log import FileStore, Store
+from epmesh_server.coordinator.metrics import CoordinatorCollector
 from epmesh_server.coordinator.service import Services
 from epmesh_server.coordinator.settings import CoordinatorSettings
 from epmesh_server.exposure import warn_if_exposed
 from epmesh_server.membership import Membership, MeshCreated, Snapshot
+from epmesh_server.metrics_server import maybe_metrics
 from epmesh_server.secure_server import add_port, check_own_certificate, make_server
 
 HEALTH_NAMES = ("", "epmesh.coordinator")
@@ -44,12 +46,14 @@ class Coordinator:
     Attributes:
         address: host:port where it answers.
         bound_port: the port that was bound.
+        metrics_address: host:port of ``/metrics``; empty where there is none.
     """
 
-    def __init__(self, engine: Engine, address: str, bound_port: int) -> None:
+    def __init__(self, engine: Engine, address: str, bound_port: int, metrics_address: str = "") -> None:
         self._engine = engine
         self.address = address
         self.bound_port = bound_port
+        self.metrics_address = metrics_address
 
     async def run(self) -> None:
         """Decides until cancelled.
@@ -111,8 +115,10 @@ async def open_coordinator(settings: CoordinatorSettings, store: Store | None = 
         port = bind(server, settings)
         await server.start()
         _log.info("coordinator.started at %s, mesh %s", settings.address(port), snapshot.mesh_id)
+        collector = CoordinatorCollector(machine, engine.counters, lambda: held.num_bytes, time.monotonic)
         try:
-            yield Coordinator(engine, settings.address(port), port)
+            async with maybe_metrics(settings.host, settings.metrics_port, collector.registry()) as metrics:
+                yield Coordinator(engine, settings.address(port), port, metrics)
         finally:
             await asyncio.shield(_stop(server, service))
     finally:

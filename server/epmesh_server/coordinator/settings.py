@@ -26,6 +26,8 @@ class CoordinatorSettings:
         stride, min_nodes, heartbeat_interval_s, lease_s, answer_timeout_s: see `MembershipSettings`.
         tls: what it shows itself with, and checks callers by; `None`: nothing authenticates them.
         insecure: whether to listen beyond loopback without `tls`.
+        metrics_port: where `host` answers ``GET /metrics`` in plain HTTP, to whoever asks; 0 takes a free port, `None`
+            opens none.
     """
 
     data_dir: Path
@@ -38,11 +40,14 @@ class CoordinatorSettings:
     answer_timeout_s: float = 1.0
     tls: TlsFiles | None = None
     insecure: bool = False
+    metrics_port: int | None = None
     membership: MembershipSettings = field(init=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise InvalidRequest(f"port is {self.port}; it must be 0 to 65535")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65_535:
+            raise InvalidRequest(f"metrics port is {self.metrics_port}; it must be 0 to 65535")
         check_exposure(self.host, self.tls, insecure=self.insecure)
         membership = MembershipSettings(
             version=VERSION,

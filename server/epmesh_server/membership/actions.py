@@ -112,10 +112,15 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something for the operator's log."""
+    """Something for the operator's log.
+
+    `cause` says in one of few words why somebody is out, for counting: ``left``, ``stream`` (broke), ``lease`` (ended),
+    ``unanswered`` (a commit's question), ``links`` (broken), ``refused``; empty where nobody is.
+    """
 
     text: str
     warning: bool = False
+    cause: str = ""
 
 
 Action = Append | Reply | Send | EndSession | Publish | Note

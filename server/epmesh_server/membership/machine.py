@@ -85,6 +85,16 @@ class Membership:
         node = self._nodes.get(slot)
         return node.registration.node_id if node is not None else None
 
+    @property
+    def nodes(self) -> NodeTable:
+        """All slots ever given; to be looked at only."""
+        return self._nodes
+
+    @property
+    def lease_s(self) -> float:
+        """How long a sign of life holds."""
+        return self._settings.lease_s
+
     def next_deadline(self) -> float | None:
         """When something happens although nobody says anything; a `Tick` that comes early does no harm."""
         times = (self._nodes.next_lease_end(), self._rounds.next_deadline(), self._links_due)
@@ -204,7 +214,7 @@ class Membership:
             return
         node.orderly = event.orderly
         what = "left" if event.orderly else "is dead: its control stream broke"
-        self._note(node, what, warning=not event.orderly)
+        self._note(node, what, warning=not event.orderly, cause="left" if event.orderly else "stream")
         self._bury(node)
 
     def _heartbeat(self, event: Heartbeat) -> None:
@@ -300,7 +310,7 @@ class Membership:
             self._rounds.want(self._now, urgent=self._rounds.lost_rank(key))
         node.gone.add(key)
         node.told.add(key)
-        self._note(node, f"rank {key[0]} refused: {error}", warning=True)
+        self._note(node, f"rank {key[0]} refused: {error}", warning=True, cause="refused")
         if node.session is not None:
             self._out.append(Send(node.session, Evict(error, (key,))))
 
@@ -329,7 +339,7 @@ class Membership:
             node = self._nodes.get(rank // self._settings.stride)
             declared = self._nodes.rank(rank)
             if node is not None and declared is not None:
-                self._note(node, f"rank {rank} is evicted: others cannot reach it", warning=True)
+                self._note(node, f"rank {rank} is evicted: others cannot reach it", warning=True, cause="links")
                 self._lose(node, declared.key)
 
     def _lives(self, rank: int, incarnation: int) -> bool:
@@ -342,11 +352,11 @@ class Membership:
         if node.status is NodeStatus.REGISTERED:
             self._nodes.bury(node)
             return
-        self._left_out(node, f"showed no sign of life for {self._settings.lease_s:g} s")
+        self._left_out(node, f"showed no sign of life for {self._settings.lease_s:g} s", cause="lease")
 
-    def _left_out(self, node: Node, why: str) -> None:
+    def _left_out(self, node: Node, why: str, cause: str = "unanswered") -> None:
         """Declares a node dead that may not know it."""
-        self._note(node, f"is dead: it {why}", warning=True)
+        self._note(node, f"is dead: it {why}", warning=True, cause=cause)
         if node.session is not None:
             text = f"node {node.registration.node_id!r} {why} and was left out; its ranks must join again"
             self._out.append(Send(node.session, Evict(StaleEpoch(self.view.epoch, text))))
@@ -362,5 +372,6 @@ class Membership:
             self._rounds.lost_node(node)
             self._rounds.want(self._now, urgent=True)
 
-    def _note(self, node: Node, what: str, *, warning: bool) -> None:
-        self._out.append(Note(f"node {node.registration.node_id!r} (slot {node.slot}) {what}", warning=warning))
+    def _note(self, node: Node, what: str, *, warning: bool, cause: str = "") -> None:
+        text = f"node {node.registration.node_id!r} (slot {node.slot}) {what}"
+        self._out.append(Note(text, warning=warning, cause=cause))

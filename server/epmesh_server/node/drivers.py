@@ -72,6 +72,10 @@ class Drivers:
         self._numbers = itertools.count(1)
         self._by_rank: dict[int, Driver] = {}
 
+    def __len__(self) -> int:
+        """Ranks that have a driver."""
+        return len(self._by_rank)
+
     def attach(self, request: communicator_service_pb2.AttachRankRequest) -> Driver:
         """Gives a rank to a driver.
 

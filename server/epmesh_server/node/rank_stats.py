@@ -63,6 +63,10 @@ class StatsBook:
         """Every rank that reported, ascending."""
         return sorted(self._records.items(), key=lambda item: item[0].rank)
 
+    def now(self) -> float:
+        """The time, by the clock of `RankRecord.came_at`."""
+        return self._clock()
+
     def recent_waits(self) -> list[wire.RecentWaits]:
         """For whom each rank waited in the last `RECENT_S`."""
         return [self._recent(entry.rank, record) for entry, record in self.records()]

@@ -31,6 +31,7 @@ from epmesh.v1 import (
 from epmesh.version import VERSION
 from epmesh_server.access import NODE_ACCESS, Role
 from epmesh_server.exposure import warn_if_exposed
+from epmesh_server.metrics_server import maybe_metrics
 from epmesh_server.node.admission import member_keys
 from epmesh_server.node.advertising import advertised_address, choose_address, wants_route
 from epmesh_server.node.buffers import BufferPool
@@ -46,6 +47,7 @@ from epmesh_server.node.groups import Groups
 from epmesh_server.node.hosting import RankHosting
 from epmesh_server.node.key_authority import KeyAuthority
 from epmesh_server.node.key_service import KeyService
+from epmesh_server.node.metrics import NodeCollector
 from epmesh_server.node.rank_service import RankService
 from epmesh_server.node.rank_stats import StatsBook
 from epmesh_server.node.ranks import RankTable
@@ -138,6 +140,7 @@ class Node:
         self._router = RouterService(self._board, self._own_slot, self._caller)
         self._identity = Identity(settings.node_id or "", secrets.randbits(63) | 1, "", VERSION)
         self._servers: list[grpc.aio.Server] = []
+        self.metrics_address = ""
         self._exit = contextlib.AsyncExitStack()
 
     async def start(self) -> str:
@@ -160,6 +163,11 @@ class Node:
             self._directory / DESCRIPTOR_SOCKET, self._table, self._board, self._pool, self._drivers
         )
         self._exit.callback(broker.close)
+        collector = NodeCollector(
+            self._table, self._board, self._stats, self._drivers, coordinator_reachable=lambda: self._link.connected
+        )
+        metrics = maybe_metrics(self._settings.host, self._settings.metrics_port, collector.registry())
+        self.metrics_address = await self._exit.enter_async_context(metrics)
         return bound
 
     async def run_until(self, stop: asyncio.Event) -> None:

@@ -33,6 +33,8 @@ class NodeSettings:
         slot: claims the slot of a dead node, for a replacement under another name.
         tls: what the node shows itself with, and checks callers by; `None`: nothing authenticates them.
         insecure: allows a host that is not loopback without `tls`.
+        metrics_port: where `host` answers ``GET /metrics`` in plain HTTP, to whoever asks; 0 takes a free port, `None`
+            opens none.
 
     Raises:
         InvalidRequest: a value is out of range.
@@ -49,10 +51,13 @@ class NodeSettings:
     slot: int | None = None
     tls: TlsFiles | None = None
     insecure: bool = False
+    metrics_port: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise InvalidRequest(f"port is {self.port}; it must be 0 to 65535")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65_535:
+            raise InvalidRequest(f"metrics port is {self.metrics_port}; it must be 0 to 65535")
         if self.buffer_bytes <= 0:
             raise InvalidRequest(f"buffer bytes are {self.buffer_bytes}; they must be positive")
         if self.slot is not None and self.slot < 0:
