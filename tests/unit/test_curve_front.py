@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
+import grpc
 import pytest
 
+from epmesh.channels import NodeAddress
 from epmesh.curve import KeyPair
-from epmesh.errors import EpmeshError, Unauthenticated
+from epmesh.errors import EpmeshError, PeerLost, Unauthenticated
 from epmesh.front import FrontClient, FrontPeer
-from epmesh.v1 import front_pb2
+from epmesh.v1 import front_pb2, key_service_pb2_grpc
+from epmesh_server.node.key_service import KeyService
 from epmesh_server.ranks.curve_door import CurveDoor
 from epmesh_server.ranks.front import Front, Incoming
 from tests.unit.key_authority import MESH, PATIENCE_S, Authority
@@ -169,3 +173,79 @@ def test_a_front_that_is_not_the_ranks_gets_nothing(
     mistaken = FrontPeer(RANK, INCARNATION, guarded.front.endpoint, KeyPair.generate().public)
     assert ask(client(pair), mistaken, **ROWS) is not None
     assert guarded.took == []
+
+
+@pytest.fixture
+def short_lived() -> Iterator[Authority]:
+    with Authority(lease_s=0.6) as made:
+        yield made
+
+
+@pytest.fixture
+def leasing(short_lived: Authority) -> Iterator[NodeAddress]:
+    """A KeyService whose leases are short."""
+    server, port = short_lived.run(_serve_keys(short_lived))
+    yield NodeAddress(f"127.0.0.1:{port}")
+    short_lived.run(server.stop(0))
+
+
+async def _serve_keys(authority: Authority) -> tuple[grpc.aio.Server, int]:
+    server = grpc.aio.server()
+    service = KeyService(authority.clients, lambda _: False, curve=True)
+    key_service_pb2_grpc.add_KeyServiceServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    return server, port
+
+
+def test_a_client_leases_its_key_by_itself_renews_it_and_gives_it_back(
+    short_lived: Authority, leasing: NodeAddress
+) -> None:
+    guarded = Guarded(short_lived)
+    peer = FrontPeer(RANK, INCARNATION, guarded.front.endpoint, guarded.door.pair.public, leasing)
+    router = FrontClient(MESH)
+    try:
+        assert ask(router, peer, **ROWS) is None
+        until = time.monotonic() + 3 * short_lived.clients.lease_s
+        while time.monotonic() < until:
+            assert ask(router, peer, **ROWS) is None
+            short_lived.call(short_lived.clients.end_late)
+            guarded.door.take_leases(short_lived.call(short_lived.clients.notice))
+        assert list(short_lived.call(short_lived.clients.notice).live) == [1]  # one lease, all the time
+        router.close()
+        assert short_lived.call(len, short_lived.clients) == 0
+    finally:
+        router.close()
+        guarded.front.close(0)
+
+
+def test_a_lease_that_nobody_renews_ends_and_its_connection_with_it(short_lived: Authority) -> None:
+    guarded, pair = Guarded(short_lived), KeyPair.generate()
+    router = FrontClient(MESH, pair=pair)
+    try:
+        short_lived.call(short_lived.clients.lease, pair.public, "router", "a")
+        assert ask(router, guarded.peer, **ROWS) is None
+        deadline = time.monotonic() + PATIENCE_S
+        while len(short_lived.clients):
+            assert time.monotonic() < deadline
+            short_lived.call(short_lived.clients.end_late)
+        guarded.door.take_leases(short_lived.call(short_lived.clients.notice))
+        assert isinstance(ask(router, guarded.peer, **ROWS), Unauthenticated)  # over the connection that stands
+        assert isinstance(ask(router, guarded.peer, **ROWS), Unauthenticated)  # and over another
+        assert len(guarded.took) == 1
+    finally:
+        router.close()
+        guarded.front.close(0)
+
+
+def test_a_client_that_gets_no_lease_hears_why(short_lived: Authority) -> None:
+    """Nobody listens where it would lease its key: that may pass, so it is a peer that is out of reach."""
+    guarded = Guarded(short_lived)
+    nowhere = FrontPeer(RANK, INCARNATION, guarded.front.endpoint, guarded.door.pair.public, NodeAddress("127.0.0.1:9"))
+    router = FrontClient(MESH)
+    try:
+        assert isinstance(ask(router, nowhere, **ROWS), PeerLost)
+        assert guarded.took == []
+    finally:
+        router.close()
+        guarded.front.close(0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -262,8 +265,8 @@ def test_a_frame_that_its_sender_sends_again_changes_nothing(
     first, second = intrude(ranks[0], ranks[1].door.pair), intrude(ranks[0], ranks[1].door.pair)
     first.socket.send_multipart(frame_of(ranks[1], 1, 1))
     ranks[0].receive(ranks[1], 1)
-    for socket in (first.socket, second.socket):
-        socket.send_multipart(frame_of(ranks[1], 1, 1))
+    for each in (first, second):
+        each.socket.send_multipart(frame_of(ranks[1], 1, 1))
     window = ranks[0].hub._receiving[(1, 11, EPOCH)]
     ranks[0].await_(lambda: window.duplicates == 2)
     assert ranks[0].takes(ranks[1], 1) is None
@@ -276,3 +279,130 @@ def test_an_authority_that_has_gone_admits_nobody(
 ) -> None:
     authority.run(authority.authority.close())
     assert intrude(ranks[0], ranks[1].door.pair).outcome() in CLOSED
+
+
+class Recorder:
+    """Forwards TCP connections to a link endpoint, keeps what the connecting side sends, and can send it again."""
+
+    def __init__(self, target: str) -> None:
+        self.target = _address(target)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.recorded: list[bytearray] = []  # by connection
+        self._sockets: list[socket.socket] = []
+        self._upstream: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def replay_into(self, connection: int, data: bytes) -> None:
+        """Sends bytes to the target as part of a connection that stands."""
+        self._upstream[connection].sendall(data)
+
+    def replay_alone(self, data: bytes) -> bytes:
+        """Sends bytes over a connection of its own; what the target says until it closes that one."""
+        said = b""
+        with socket.create_connection(self.target, PATIENCE_S) as alone, contextlib.suppress(ConnectionError):
+            alone.sendall(data)
+            while part := alone.recv(4096):
+                said += part
+        return said
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(PATIENCE_S)
+        for each in self._sockets:
+            each.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(self.target)
+            kept = bytearray()
+            self.recorded.append(kept)
+            self._upstream.append(far)
+            self._sockets += [near, far]
+            for source, sink, keep in ((near, far, kept), (far, near, bytearray())):
+                thread = threading.Thread(target=_pump, args=(source, sink, keep), daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+
+def _pump(source: socket.socket, sink: socket.socket, keep: bytearray) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            keep += data
+            sink.sendall(data)
+    with contextlib.suppress(OSError):
+        sink.shutdown(socket.SHUT_RDWR)
+
+
+def _address(endpoint: str) -> tuple[str, int]:
+    host, port = endpoint.removeprefix("tcp://").split(":")
+    return host, int(port)
+
+
+@pytest.fixture
+def recorder(authority: Authority, ranks: list[Rank]) -> Iterator[Recorder]:
+    """On the way to rank 0, for rank 1."""
+    made = Recorder(ranks[0].hub.endpoint)
+    info = authority.show(0, 10, ranks[0].door.pair.public, made.endpoint)
+    ranks[1].door.learn(info)
+    yield made
+    made.close()
+
+
+def send_through(recorder: Recorder, ranks: list[Rank], sequence: int) -> None:
+    header = frame_pb2.FrameHeader(epoch=EPOCH, group_id=GROUP, sequence=sequence, kind=COLLECTIVE)
+    ranks[1].hub.send(0, recorder.endpoint, header)
+
+
+def test_bytes_recorded_on_a_link_and_sent_again_by_somebody_else_change_nothing(
+    ranks: list[Rank], recorder: Recorder
+) -> None:
+    send_through(recorder, ranks, 1)
+    ranks[0].receive(ranks[1], 1)
+    window = ranks[0].hub._receiving[(1, 11, EPOCH)]
+    said = recorder.replay_alone(bytes(recorder.recorded[0]))
+    assert b"READY" not in said, "a handshake that was recorded is no handshake"
+    assert ranks[0].takes(ranks[1], 1) is None
+    assert (window.expected, window.duplicates, ranks[0].hub.refused) == (2, 0, 0)
+    send_through(recorder, ranks, 2)
+    ranks[0].receive(ranks[1], 2)
+
+
+def test_bytes_sent_again_within_their_own_connection_break_it_and_nothing_is_lost(
+    ranks: list[Rank], recorder: Recorder
+) -> None:
+    send_through(recorder, ranks, 1)
+    ranks[0].receive(ranks[1], 1)
+    before = len(recorder.recorded[0])
+    send_through(recorder, ranks, 2)
+    ranks[0].receive(ranks[1], 2)
+    recorder.replay_into(0, bytes(recorder.recorded[0][before:]))  # an encrypted message, and perhaps a heartbeat
+    deadline = time.monotonic() + PATIENCE_S
+    while len(recorder.recorded) == 1:
+        assert time.monotonic() < deadline, "the connection stands"
+        assert ranks[0].takes(ranks[1], 2) is None
+    window = ranks[0].hub._receiving[(1, 11, EPOCH)]
+    assert (window.expected, window.duplicates) == (3, 0)
+    send_through(recorder, ranks, 3)
+    ranks[0].receive(ranks[1], 3)
+
+
+def test_what_is_sent_cannot_be_read_on_the_way(ranks: list[Rank], recorder: Recorder) -> None:
+    secret = b"hidden states of somebody's prompt"
+    header = frame_pb2.FrameHeader(epoch=EPOCH, group_id=GROUP, sequence=1, kind=COLLECTIVE)
+    header.tensors.add(dtype="uint8", shape=[len(secret)])
+    ranks[1].hub.send(0, recorder.endpoint, header, [secret])
+    assert bytes(ranks[0].receive(ranks[1]).tensors[0]) == secret
+    wire = b"".join(map(bytes, recorder.recorded))
+    for readable in (secret, MESH.encode(), ranks[1].door.pair.public):
+        assert readable not in wire
