@@ -28,7 +28,7 @@ def inbox(tmp_path: Path) -> Iterator[Inbox]:
         yield inbox
 
 
-def two_by_two(**options: float) -> LocalMesh:
+def two_by_two(**options: float | bool) -> LocalMesh:
     """Rank r holds experts 2r and 2r + 1."""
     return LocalMesh(2, 2, num_experts=8, **options)  # type: ignore[arg-type]
 
@@ -65,10 +65,13 @@ def check(results: list[Seen | PeerLost], victims: list[int], struck_at: float, 
     return survivors
 
 
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "secured"])
 @pytest.mark.parametrize("plan", ["dispatch", "combine", "exchanges"])
 @pytest.mark.parametrize("victim", [1, 2])
-def test_survivors_get_peer_lost_and_go_on_when_a_rank_is_killed(inbox: Inbox, plan: str, victim: int) -> None:
-    with two_by_two() as mesh:
+def test_survivors_get_peer_lost_and_go_on_when_a_rank_is_killed(
+    inbox: Inbox, plan: str, victim: int, tls: bool
+) -> None:
+    with two_by_two(tls=tls) as mesh:
         survivors = fault(mesh, inbox, plan, [victim], lambda: mesh.kill_rank(victim))
         assert {seen.ranks for seen in survivors} == {(victim,)}
 
@@ -83,9 +86,12 @@ def test_survivors_get_peer_lost_when_a_rank_was_killed_while_all_were_idle(inbo
         check(future.result(60), [3], struck_at, KILLED_S)
 
 
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "secured"])
 @pytest.mark.parametrize("plan", ["dispatch", "combine", "exchanges"])
-def test_survivors_go_on_without_a_killed_node_and_take_it_back_in_its_old_slot(inbox: Inbox, plan: str) -> None:
-    with two_by_two() as mesh:
+def test_survivors_go_on_without_a_killed_node_and_take_it_back_in_its_old_slot(
+    inbox: Inbox, plan: str, tls: bool
+) -> None:
+    with two_by_two(tls=tls) as mesh:
         fault(mesh, inbox, plan, [2, 3], lambda: mesh.kill_node(1))
         assert [node.slot for node in mesh.view().nodes] == [0]
         mesh.start_node(1)
@@ -103,17 +109,19 @@ def test_the_first_nodes_death_is_like_any_others(inbox: Inbox) -> None:
         assert [sums for sums, _, _ in mesh.run(works.sums, EXPERTS)] == [[expert + 1.0 for expert in EXPERTS]] * 4
 
 
-def test_a_killed_rank_comes_back_with_its_experts(inbox: Inbox) -> None:
-    with two_by_two() as mesh:
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "secured"])
+def test_a_killed_rank_comes_back_with_its_experts(inbox: Inbox, tls: bool) -> None:
+    with two_by_two(tls=tls) as mesh:
         fault(mesh, inbox, "exchanges", [1], lambda: mesh.kill_rank(1))
         mesh.start_node(0)
         assert mesh.ranks == [0, 1, 2, 3]
         assert [sums for sums, _, _ in mesh.run(works.sums, EXPERTS)] == [[expert + 1.0 for expert in EXPERTS]] * 4
 
 
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "secured"])
 @pytest.mark.parametrize("victim", [0, 3])
-def test_a_stopped_rank_is_lost_within_seconds_and_joins_again(inbox: Inbox, victim: int) -> None:
-    with two_by_two() as mesh:
+def test_a_stopped_rank_is_lost_within_seconds_and_joins_again(inbox: Inbox, victim: int, tls: bool) -> None:
+    with two_by_two(tls=tls) as mesh:
         future = mesh.start(works.until_error, inbox.path, "exchanges", [], EXPERTS)
         inbox.lines(4)
         struck_at = time.monotonic()
@@ -140,9 +148,10 @@ def test_a_resumed_rank_is_refused_until_it_joins_again() -> None:
         assert [sums for sums, _, _ in mesh.run(works.sums, EXPERTS)] == [[expert + 1.0 for expert in EXPERTS]] * 4
 
 
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "secured"])
 @pytest.mark.parametrize("who", [0, 3])
-def test_a_late_rank_is_named_and_not_evicted_and_the_group_goes_on(who: int) -> None:
-    with two_by_two(exchange_timeout_s=1.0) as mesh:
+def test_a_late_rank_is_named_and_not_evicted_and_the_group_goes_on(who: int, tls: bool) -> None:
+    with two_by_two(exchange_timeout_s=1.0, tls=tls) as mesh:
         for rank, (seen, epoch) in enumerate(mesh.run(works.late, who, 1.6)):
             assert seen.error == "DeadlineExceeded", seen
             assert rank == who or seen.ranks == (who,)

@@ -553,6 +553,7 @@ def bench(
     experts: Annotated[int, typer.Option(help="Logical experts.")] = 64,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32; of the exchange alone.")] = "bfloat16",
     runs: Annotated[int, typer.Option(help="Calls that count.")] = 30,
+    tls: Annotated[bool, typer.Option("--tls", help="Of a secured mesh.")] = False,
     of: Annotated[BenchOf, typer.Option(help="What is timed.")] = BenchOf.EXCHANGE,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -564,7 +565,7 @@ def bench(
     from epmesh_server.cli.bench import BenchPlan, run_bench
     from epmesh_server.cli.bench_ways import bench_attach, bench_routers
 
-    plan = BenchPlan(nodes, ranks, tuple(tokens or BenchPlan.tokens), hidden, topk, experts, dtype, runs=runs)
+    plan = BenchPlan(nodes, ranks, tuple(tokens or BenchPlan.tokens), hidden, topk, experts, dtype, runs=runs, tls=tls)
     {BenchOf.EXCHANGE: run_bench, BenchOf.ROUTER: bench_routers, BenchOf.ATTACH: bench_attach}[of](
         plan, as_json=as_json
     )

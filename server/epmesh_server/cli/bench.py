@@ -38,6 +38,7 @@ class BenchPlan:
     Attributes:
         tokens: tokens a rank, one row of the table each.
         warmups, runs: calls before, and calls that count.
+        tls: whether the mesh is secured: everything between its nodes is encrypted.
     """
 
     nodes: int = 2
@@ -49,6 +50,7 @@ class BenchPlan:
     dtype: str = "bfloat16"
     warmups: int = 5
     runs: int = 30
+    tls: bool = False
 
     def __post_init__(self) -> None:
         for name in ("nodes", "ranks", "hidden", "topk", "experts", "runs"):
@@ -87,9 +89,10 @@ def run_bench(plan: BenchPlan, *, as_json: bool = False) -> list[BenchRow]:
     console.print(
         f"bench: {plan.nodes} nodes x {plan.ranks} ranks on this machine, hidden {plan.hidden} {plan.dtype}, "
         f"top-{plan.topk} of {plan.experts} experts, {plan.runs} runs after {plan.warmups}"
+        f"{', secured' if plan.tls else ''}"
     )
     rows = []
-    with LocalMesh(plan.nodes, plan.ranks, num_experts=plan.experts) as mesh:
+    with LocalMesh(plan.nodes, plan.ranks, num_experts=plan.experts, tls=plan.tls) as mesh:
         for tokens in plan.tokens:
             rows.append(_summary(tokens, mesh.run(time_rank, plan, tokens)))
             console.print(f"bench: {tokens} tokens a rank: {rows[-1].ratio:.1f}x faster than all-gather/reduce-scatter")

@@ -41,8 +41,9 @@ def bench_routers(plan: BenchPlan, *, as_json: bool = False) -> list[Row]:
     from epmesh.testing import LocalMesh
 
     report = _Report(plan, "router", as_json=as_json)
-    with LocalMesh(plan.nodes, plan.ranks, num_experts=plan.experts, experts=_EXPERTS) as mesh, _Echo() as echo:
-        routers = {name: epmesh.Router(mesh.addresses, transport=name) for name in ("zmq", "grpc")}
+    made = LocalMesh(plan.nodes, plan.ranks, num_experts=plan.experts, experts=_EXPERTS, tls=plan.tls)
+    with made as mesh, _Echo() as echo:
+        routers = {name: epmesh.Router(mesh.addresses, transport=name, tls=mesh.tls) for name in ("zmq", "grpc")}
         for tokens in plan.tokens:
             rows = _inputs(plan, tokens, seed=tokens)
             calls: dict[str, Callable[[], object]] = {
@@ -69,7 +70,7 @@ def bench_attach(plan: BenchPlan, *, as_json: bool = False) -> list[Row]:
     ways: dict[str, dict[str, Any]] = {"join": {}}
     ways |= {name: {"hosted": True, "transport": name} for name in TRANSPORTS}
     for name, options in ways.items():
-        with LocalMesh(plan.nodes, plan.ranks, num_experts=plan.experts, **options) as mesh:
+        with LocalMesh(plan.nodes, plan.ranks, num_experts=plan.experts, tls=plan.tls, **options) as mesh:
             columns[name] = [_slowest(mesh.run(time_pairs, plan, tokens)) for tokens in plan.tokens]
         report.say(f"{name}: measured")
     for index, tokens in enumerate(plan.tokens):
