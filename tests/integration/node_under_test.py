@@ -10,7 +10,9 @@ from typing import Any
 import grpc
 import pytest
 
+from epmesh.channels import open_aio_channel
 from epmesh.errors import EpmeshError, from_rpc_error
+from epmesh.tls import TlsFiles
 from epmesh.v1 import rank_service_pb2, rank_service_pb2_grpc
 from epmesh_server.node import NodeSettings, run_node
 from tests.integration.fake_coordinator import FakeCoordinator, FakeSession, serving
@@ -31,16 +33,16 @@ class NodeUnderTest:
         self._stop.set()
         await soon(asyncio.shield(self.task))
 
-    async def describe(self) -> rank_service_pb2.DescribeNodeResponse:
+    async def describe(self, tls: TlsFiles | None = None) -> rank_service_pb2.DescribeNodeResponse:
         """What DescribeNode answers over TCP."""
-        async with grpc.aio.insecure_channel(self.address) as channel:
+        async with open_aio_channel(self.address, (), tls=tls) as channel:
             stub = rank_service_pb2_grpc.RankServiceStub(channel)
             return await stub.DescribeNode(rank_service_pb2.DescribeNodeRequest(), timeout=PATIENCE_S)
 
-    async def registered(self) -> rank_service_pb2.DescribeNodeResponse:
+    async def registered(self, tls: TlsFiles | None = None) -> rank_service_pb2.DescribeNodeResponse:
         """What DescribeNode answers once the coordinator accepted the node."""
         while True:
-            node = await self.describe()
+            node = await self.describe(tls)
             if node.registered:
                 return node
             await asyncio.sleep(0.005)

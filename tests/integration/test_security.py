@@ -5,6 +5,7 @@ What was refused, and with what, is printed as a table after the last test (see 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ from epmesh_server.certificates import Authority
 from epmesh_server.coordinator import CoordinatorSettings
 from epmesh_server.node import NodeSettings
 from tests.integration.node_under_test import node_service
+from tests.integration.raw_node import coordinator
 from tests.integration.security_matrix import record
 from tests.integration.waiting import on_event_loop, soon
 
@@ -421,6 +423,101 @@ def test_files_that_cannot_be_used_are_named(mesh: LocalMesh, issue: Issue, tmp_
         lambda: epmesh.Router(mesh.address, tls=files.ca.parent, timeout_s=1),
         InvalidRequest,
         "ca.crt is no PEM file",
+        plane=FILES,
+    )
+
+
+# Join token ------------------------------------------------------------------------------------------------------
+
+
+def token_file(folder: Path, token: str, mode: int = 0o600) -> Path:
+    path = folder / f"token-{token[:4]}"
+    path.write_text(f"{token}\n")
+    path.chmod(mode)
+    return path
+
+
+async def enter(address: str, **settings: Any) -> None:
+    """Runs a node service until it is registered; raises why it is refused."""
+    async with node_service(address, **settings) as node:
+        registered = asyncio.create_task(node.registered(settings["tls"]))
+        await asyncio.wait((registered, node.task), return_when=asyncio.FIRST_COMPLETED, timeout=TIMEOUT_S)
+        if not registered.done():
+            registered.cancel()
+            node.task.result()
+        registered.result()
+
+
+async def expect_kept_out(attempt: str, address: str, words: str, **settings: Any) -> str:
+    with pytest.raises(Unauthenticated, match=words) as caught:
+        await enter(address, **settings)
+    record(attempt, GRPC, f"Unauthenticated: {caught.value}")
+    return str(caught.value)
+
+
+@on_event_loop
+async def test_a_node_that_is_new_must_show_the_join_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    authority = Authority.make(tmp_path / "certificates")
+    service, node = authority.issue(tmp_path / "c", [COORDINATOR]), authority.issue(tmp_path / "n", [NODE])
+    right, wrong = token_file(tmp_path, "right" * 8), token_file(tmp_path, "wrong" * 8)
+    async with coordinator(tmp_path / "log", tls=service, join_token_file=right) as running:
+        texts = [
+            await expect_kept_out("new node without the join token", running.address, "shows no join token", tls=node),
+            await expect_kept_out(
+                "new node with another join token", running.address, "another", tls=node, join_token_file=wrong
+            ),
+        ]
+        await enter(running.address, tls=node, join_token_file=right)
+        await enter(running.address, tls=node)  # known from now on
+    said = " ".join([*texts, caplog.text])
+    assert "register.refused" in said
+    assert "right" * 8 not in said
+    assert "wrong" * 8 not in said
+
+
+@on_event_loop
+async def test_a_join_token_is_read_anew_and_a_lost_one_keeps_new_nodes_waiting(tmp_path: Path) -> None:
+    authority = Authority.make(tmp_path / "certificates")
+    service, node = authority.issue(tmp_path / "c", [COORDINATOR]), authority.issue(tmp_path / "n", [NODE])
+    path = token_file(tmp_path, "first" * 8)
+    async with coordinator(tmp_path / "log", tls=service, join_token_file=path) as running:
+        path.rename(tmp_path / "elsewhere")
+        async with node_service(running.address, tls=node, join_token_file=tmp_path / "elsewhere") as waiting:
+            await soon(waiting.describe(node))
+            token_file(tmp_path, "first" * 8)
+            await soon(waiting.registered(node))
+
+
+def test_a_join_token_that_is_no_secret_is_refused(tmp_path: Path) -> None:
+    good = token_file(tmp_path, "good" * 8)
+    expect(
+        "coordinator that takes join tokens in clear beyond loopback",
+        lambda: CoordinatorSettings(data_dir=tmp_path, join_token_file=good, host="10.0.0.1", insecure=True),
+        InvalidRequest,
+        "in clear",
+        "--tls-dir",
+        plane=START,
+    )
+    expect(
+        "node that sends its join token in clear beyond loopback",
+        lambda: NodeSettings(coordinator="10.0.0.1:7401", join_token_file=good),
+        InvalidRequest,
+        "in clear",
+        plane=START,
+    )
+    expect(
+        "join token that everybody may read",
+        lambda: CoordinatorSettings(data_dir=tmp_path, join_token_file=token_file(tmp_path, "open" * 8, 0o644)),
+        InvalidRequest,
+        "chmod 600",
+        plane=FILES,
+    )
+    expect(
+        "join token of four bytes",
+        lambda: CoordinatorSettings(data_dir=tmp_path, join_token_file=token_file(tmp_path, "abcd")),
+        InvalidRequest,
+        "4 bytes",
         plane=FILES,
     )
 

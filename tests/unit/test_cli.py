@@ -151,6 +151,7 @@ def test_a_coordinator_beside_a_node_gets_every_option_as_an_argument() -> None:
         min_nodes=0,
         tls_dir=Path("/t"),
         insecure=True,
+        join_token_file=Path("/j"),
         log_level=LogLevel.DEBUG,
     )
     line = " ".join(options.command())
@@ -161,6 +162,7 @@ def test_a_coordinator_beside_a_node_gets_every_option_as_an_argument() -> None:
         "--min-nodes 0",
         "--tls-dir /t",
         "--insecure",
+        "--join-token-file /j",
         "--log-level debug",
     ):
         assert part in line
@@ -175,6 +177,7 @@ def test_a_port_nobody_could_know_is_refused() -> None:
         min_nodes=None,
         tls_dir=None,
         insecure=False,
+        join_token_file=None,
         log_level=LogLevel.INFO,
     )
     with pytest.raises(InvalidRequest, match="--coordinator-port is 0"):

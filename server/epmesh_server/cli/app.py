@@ -30,6 +30,15 @@ app = typer.Typer(
 
 app.add_typer(certs.app, name="certs")
 
+TokenOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--join-token-file",
+        envvar="EPMESH_JOIN_TOKEN_FILE",
+        help="File with a secret: nodes that are new to the mesh show it to the coordinator.",
+        show_default="none is needed",
+    ),
+]
 LevelOption = Annotated[LogLevel, typer.Option(envvar="EPMESH_LOG_LEVEL", help="Least severe lines on stderr.")]
 
 
@@ -280,6 +289,7 @@ def serve(
     threads: Annotated[
         int, typer.Option(envvar="EPMESH_THREADS", help="Threads of torch in each rank.", rich_help_panel=_RANKS)
     ] = 1,
+    join_token_file: TokenOption = None,
     drain: Annotated[
         float,
         typer.Option(
@@ -338,6 +348,7 @@ def serve(
             tls=tls_files(tls_dir),
             insecure=insecure,
             metrics_port=metrics_port or None,
+            join_token_file=join_token_file,
         ),
         None
         if coordinator is not None
@@ -350,6 +361,7 @@ def serve(
             tls_dir=_tls_dir_beside(tls_dir, coordinator_tls_dir),
             insecure=insecure,
             metrics_port=coordinator_metrics_port,
+            join_token_file=join_token_file,
             log_level=log_level,
         ),
         hosted,
@@ -399,6 +411,7 @@ def coordinator(
             help="Where Prometheus finds /metrics, in plain HTTP; 0: nowhere.",
         ),
     ] = 0,
+    join_token_file: TokenOption = None,
     log_level: LevelOption = LogLevel.INFO,
     supervisor: Annotated[int | None, typer.Option("--supervisor", hidden=True)] = None,
 ) -> None:
@@ -419,6 +432,7 @@ def coordinator(
         tls_dir=tls_dir,
         insecure=insecure,
         metrics_port=metrics_port,
+        join_token_file=join_token_file,
         log_level=log_level,
     )
     serving.coordinate(options, supervisor)

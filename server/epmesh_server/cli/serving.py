@@ -39,6 +39,7 @@ class CoordinatorOptions:
     min_nodes: int | None
     tls_dir: Path | None
     insecure: bool
+    join_token_file: Path | None
     log_level: LogLevel
     metrics_port: int = 0
 
@@ -58,6 +59,8 @@ class CoordinatorOptions:
             command += ["--min-nodes", str(self.min_nodes)]
         if self.tls_dir is not None:
             command += ["--tls-dir", str(self.tls_dir)]
+        if self.join_token_file is not None:
+            command += ["--join-token-file", str(self.join_token_file)]
         return [*command, "--insecure"] if self.insecure else command
 
 
@@ -106,6 +109,7 @@ def coordinate(options: CoordinatorOptions, supervisor: int | None) -> None:
         tls=tls_files(options.tls_dir),
         insecure=options.insecure,
         metrics_port=options.metrics_port or None,
+        join_token_file=options.join_token_file,
         **stride,
     )
     asyncio.run(_until_signal(lambda signals: run_coordinator(settings, signals.stop, lambda _: None)))

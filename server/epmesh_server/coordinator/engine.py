@@ -85,6 +85,10 @@ class Engine:
         """The id of the node that a slot was given to, if it was."""
         return self._machine.node_id(slot)
 
+    def knows(self, node_id: str) -> bool:
+        """Whether a node of that id, alive or dead, has a slot."""
+        return self._machine.knows(node_id)
+
     def open_session(self, slot: int, incarnation: int, epoch: int) -> tuple[int, Outbox]:
         """A node's control stream; returns its number and what is to be sent on it."""
         session = next(self._numbers)

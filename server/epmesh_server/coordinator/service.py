@@ -28,6 +28,7 @@ from epmesh_server.coordinator.wire import (
     registration_from_proto,
     report_from_proto,
 )
+from epmesh_server.join_token import check_token, read_token
 from epmesh_server.membership.actions import Command, Done, NodeGranted
 from epmesh_server.membership.events import CreateGroup, DestroyGroup, Event, RegisterNode, SetPlacement
 from epmesh_server.secure_server import caller_of
@@ -105,6 +106,7 @@ class Services:
         """Gives a node its slot and lease."""
         slot = request.slot if request.HasField("slot") else None
         await _refuse_impostor(context, request.node_id)
+        await self._refuse_uninvited(context, request)
         await self._look_at_address(context, request)
 
         def event(call: int) -> Event:
@@ -119,6 +121,20 @@ class Services:
             heartbeat_interval_s=self._settings.heartbeat_interval_s,
             lease_s=self._settings.lease_s,
         )
+
+    async def _refuse_uninvited(self, context: Context, request: membership.RegisterNodeRequest) -> None:
+        """Ends the registration of a node that is new to the mesh and does not show its join token."""
+        path = self._settings.join_token_file
+        if path is None or self._engine.knows(request.node_id):
+            return
+        try:
+            check_token(request.node_id, request.join_token, read_token(path))
+        except Unauthenticated as error:
+            _log.warning("register.refused: %s", error)
+            await abort(context, error)
+        except InvalidRequest as error:  # nothing is wrong with the node: it may try again
+            _log.error("register.failed: %s", error)
+            await abort(context, MeshUnavailable("the coordinator cannot read its own join token; see its log"))
 
     async def _look_at_address(self, context: Context, request: membership.RegisterNodeRequest) -> None:
         try:

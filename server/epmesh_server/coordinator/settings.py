@@ -10,6 +10,7 @@ from epmesh.errors import InvalidRequest
 from epmesh.tls import TlsFiles
 from epmesh.version import VERSION
 from epmesh_server.exposure import check_exposure
+from epmesh_server.join_token import check_token_stays_secret, read_token
 from epmesh_server.membership import MembershipSettings
 
 DEFAULT_PORT = 7401
@@ -28,6 +29,7 @@ class CoordinatorSettings:
         insecure: whether to listen beyond loopback without `tls`.
         metrics_port: where `host` answers ``GET /metrics`` in plain HTTP, to whoever asks; 0 takes a free port, `None`
             opens none.
+        join_token_file: holds what a node must show that is new to the mesh; `None`: nothing. Read anew every time.
     """
 
     data_dir: Path
@@ -41,6 +43,7 @@ class CoordinatorSettings:
     tls: TlsFiles | None = None
     insecure: bool = False
     metrics_port: int | None = None
+    join_token_file: Path | None = None
     membership: MembershipSettings = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,6 +52,9 @@ class CoordinatorSettings:
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65_535:
             raise InvalidRequest(f"metrics port is {self.metrics_port}; it must be 0 to 65535")
         check_exposure(self.host, self.tls, insecure=self.insecure)
+        check_token_stays_secret(self.join_token_file, self.host, self.tls)
+        if self.join_token_file is not None:
+            read_token(self.join_token_file)  # refuses at the start what would be refused later
         membership = MembershipSettings(
             version=VERSION,
             stride=self.stride,

@@ -95,6 +95,10 @@ class Membership:
         """How long a sign of life holds."""
         return self._settings.lease_s
 
+    def knows(self, node_id: str) -> bool:
+        """Whether a node of that id, alive or dead, has a slot."""
+        return self._nodes.knows(node_id)
+
     def next_deadline(self) -> float | None:
         """When something happens although nobody says anything; a `Tick` that comes early does no harm."""
         times = (self._nodes.next_lease_end(), self._rounds.next_deadline(), self._links_due)

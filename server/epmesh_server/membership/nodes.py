@@ -104,6 +104,10 @@ class NodeTable:
         """The node in a slot."""
         return self._nodes.get(slot)
 
+    def knows(self, node_id: str) -> bool:
+        """Whether a node of that id, alive or dead, has a slot."""
+        return node_id in self._slots_by_id
+
     def by_session(self, session: int) -> Node | None:
         """The node whose open control stream this is."""
         slot = self._slots_by_session.get(session)

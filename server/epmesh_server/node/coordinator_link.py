@@ -135,6 +135,7 @@ class CoordinatorLink:
             version=identity.version,
             slot=identity.slot,
             curve=identity.curve,
+            join_token=identity.join_token,
         )
         sent = asyncio.get_running_loop().time()
         try:

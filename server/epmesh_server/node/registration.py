@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Identity:
         address: host:port for other nodes and clients.
         slot: claims the slot of a dead node; `None` claims none.
         curve: whether its ranks use CURVE.
+        join_token: what the coordinator may want to see of a new node; never shows in a text.
     """
 
     node_id: str
@@ -24,6 +25,7 @@ class Identity:
     version: str
     slot: int | None = None
     curve: bool = False
+    join_token: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from epmesh.v1 import (
 from epmesh.version import VERSION
 from epmesh_server.access import NODE_ACCESS, Role
 from epmesh_server.exposure import warn_if_exposed
+from epmesh_server.join_token import read_token
 from epmesh_server.metrics_server import maybe_metrics
 from epmesh_server.node.admission import member_keys
 from epmesh_server.node.advertising import advertised_address, choose_address, wants_route
@@ -309,4 +310,5 @@ def _identity(settings: NodeSettings, port: int, incarnation: int) -> Identity:
         version=VERSION,
         slot=settings.slot,
         curve=settings.curve,
+        join_token=b"" if settings.join_token_file is None else read_token(settings.join_token_file),
     )

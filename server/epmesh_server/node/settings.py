@@ -9,6 +9,7 @@ from epmesh.addresses import has_port, split_address
 from epmesh.errors import InvalidRequest
 from epmesh.tls import TlsFiles
 from epmesh_server.exposure import check_exposure
+from epmesh_server.join_token import check_token_stays_secret
 from epmesh_server.shared_memory import PAGE_BYTES
 
 DEFAULT_PORT = 7400
@@ -35,6 +36,7 @@ class NodeSettings:
         insecure: allows a host that is not loopback without `tls`.
         metrics_port: where `host` answers ``GET /metrics`` in plain HTTP, to whoever asks; 0 takes a free port, `None`
             opens none.
+        join_token_file: holds what the coordinator may want to see of a node that is new to the mesh.
 
     Raises:
         InvalidRequest: a value is out of range.
@@ -52,6 +54,7 @@ class NodeSettings:
     tls: TlsFiles | None = None
     insecure: bool = False
     metrics_port: int | None = None
+    join_token_file: Path | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
@@ -64,7 +67,8 @@ class NodeSettings:
             raise InvalidRequest(f"slot is {self.slot}; it must not be negative")
         if self.node_id is not None and not 0 < len(self.node_id) <= MAX_NODE_ID_CHARS:
             raise InvalidRequest(f"node id must have 1 to {MAX_NODE_ID_CHARS} characters, not {len(self.node_id)}")
-        split_address(self.coordinator, "coordinator")
+        coordinator_host, _ = split_address(self.coordinator, "coordinator")
+        check_token_stays_secret(self.join_token_file, coordinator_host, self.tls)
         if self.advertise is not None and has_port(self.advertise):
             split_address(self.advertise, "advertise")
         check_exposure(self.host, self.tls, insecure=self.insecure)
