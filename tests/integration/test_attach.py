@@ -223,7 +223,7 @@ def test_the_best_transport_is_taken_that_works_from_here(
 def test_grpc_is_taken_where_nothing_else_gets_through(
     mesh: HostedMesh, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("epmesh.driver_transports.FrontPeer", lambda rank, number, _: FrontPeer(rank, number, NOBODY))
+    monkeypatch.setattr("epmesh.driver_transports.FrontPeer", lambda rank, number, *_: FrontPeer(rank, number, NOBODY))
     with attached(mesh) as comms:
         assert comms[0].transport == "grpc"  # type: ignore[attr-defined]
         assert both(pool, comms, total) == [2.0, 2.0]
