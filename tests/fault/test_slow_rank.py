@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,22 +39,22 @@ def exchange_until(comm: Communicator, stop: Path, sleeper: int) -> dict[int, fl
     return dict(comm.waits.by_rank)
 
 
-@pytest.mark.parametrize(("nodes", "ranks"), [(1, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("nodes", "ranks", "tls"), [(1, 4, False), (2, 2, False), (4, 1, False), (2, 2, True)])
 def test_a_rank_with_slow_experts_is_the_one_that_all_others_wait_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], nodes: int, ranks: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], nodes: int, ranks: int, tls: bool
 ) -> None:
-    with LocalMesh(nodes, ranks, num_experts=EXPERTS) as mesh:
+    with LocalMesh(nodes, ranks, num_experts=EXPERTS, tls=tls) as mesh:
         sleeper = mesh.ranks[-1]
         done = mesh.start(exchange_until, tmp_path / "stop", sleeper)
 
         def named() -> bool:
-            waits = read_waits(mesh.view(), open_channel, 5.0)
+            waits = read_waits(mesh.view(), partial(open_channel, tls=mesh.tls), 5.0)
             return (
                 max(waits.shares, key=waits.shares.__getitem__, default=-1) == sleeper and waits.shares[sleeper] > 0.3
             )
 
         assert eventually(named)
-        show(mesh.address, as_json=True, watch=False)
+        show(mesh.address, as_json=True, watch=False, tls=mesh.tls)
         most, *_ = json.loads(capsys.readouterr().out)["waits"]["waited_for"]
         assert most["rank"] == sleeper
         (tmp_path / "stop").touch()

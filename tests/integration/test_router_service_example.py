@@ -239,6 +239,17 @@ def test_a_service_that_starts_before_its_mesh_becomes_ready_with_it() -> None:
         assert eventually(lambda: "no " in service.ask("GET", "/healthz")[2])
 
 
+def test_a_service_generates_by_a_secured_mesh_with_a_routers_certificate(expected: dict[str, str]) -> None:
+    with LocalMesh(1, 2, num_experts=16, experts=EXPERTS, tls=True) as mesh:
+        assert mesh.tls is not None
+        with open_service("--mesh", mesh.address, "--tls-dir", str(mesh.tls.certificate.parent)) as service:
+            service.await_ready()
+            assert service.generate(PROMPTS[0]) == (200, {"text": expected[PROMPTS[0]]})
+        with open_service("--mesh", mesh.address) as stranger:
+            assert eventually(lambda: "certificate" in stranger.ask("GET", "/healthz")[2])
+            assert stranger.generate(PROMPTS[0])[0] == 503
+
+
 @pytest.mark.fault
 def test_nobody_sees_an_error_when_a_node_is_killed_whose_experts_have_replicas(expected: dict[str, str]) -> None:
     with open_mesh([range(16)] * 2) as mesh, open_service("--mesh", ",".join(mesh.addresses)) as service:
