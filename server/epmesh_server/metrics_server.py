@@ -78,7 +78,7 @@ class _Scrapes:
         try:
             async with asyncio.timeout(_WITHIN_S):
                 head = await reader.readuntil(b"\r\n\r\n")
-                writer.write(self._answer(head))
+                writer.write(answer_of(head, self._registry))
                 await writer.drain()
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as exc:
             _log.debug("metrics.failed: %s", exc)
@@ -92,21 +92,23 @@ class _Scrapes:
             task.cancel()
         await asyncio.gather(*self._open, return_exceptions=True)
 
-    def _answer(self, head: bytes) -> bytes:
-        method, _, rest = head.partition(b"\r\n")[0].partition(b" ")
-        target, _, version = rest.partition(b" ")
-        if not version.startswith(b"HTTP/1."):
-            return _response(400, b"this is no HTTP request\n")
-        if target.partition(b"?")[0] != PATH.encode():
-            return _response(404, f"there is only {PATH}\n".encode())
-        if method not in (b"GET", b"HEAD"):
-            return _response(405, b"only GET is answered\n")
-        try:
-            body = generate_latest(self._registry)
-        except Exception:  # noqa: BLE001 - a figure that cannot be had must not end the service
-            _log.exception("metrics.failed")
-            return _response(500, b"see the log\n")
-        return _response(200, body, CONTENT_TYPE_LATEST, with_body=method == b"GET")
+
+def answer_of(head: bytes, registry: CollectorRegistry) -> bytes:
+    """The whole answer to a request whose head this is."""
+    method, _, rest = head.partition(b"\r\n")[0].partition(b" ")
+    target, _, version = rest.partition(b" ")
+    if not version.startswith(b"HTTP/1."):
+        return _response(400, b"this is no HTTP request\n")
+    if target.partition(b"?")[0] != PATH.encode():
+        return _response(404, f"there is only {PATH}\n".encode())
+    if method not in (b"GET", b"HEAD"):
+        return _response(405, b"only GET is answered\n")
+    try:
+        body = generate_latest(registry)
+    except Exception:  # noqa: BLE001 - a figure that cannot be had must not end the service
+        _log.exception("metrics.failed")
+        return _response(500, b"see the log\n")
+    return _response(200, body, CONTENT_TYPE_LATEST, with_body=method == b"GET")
 
 
 def _response(

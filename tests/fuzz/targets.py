@@ -19,6 +19,10 @@ import numpy as np
 import torch
 import zmq
 from google.protobuf.message import DecodeError, Message
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from epmesh.addresses import parse_addresses, split_address
 from epmesh.communicator_methods import Assembly
@@ -39,6 +43,7 @@ from epmesh.v1 import (
 from epmesh.version import VERSION
 from epmesh.view import NodeInfo, RankInfo, RankMode, View
 from epmesh_server.cli.app import parse_size
+from epmesh_server.cli.waits import summed
 from epmesh_server.coordinator.log import LOG_NAME, FileStore
 from epmesh_server.coordinator.wire import (
     record_from_proto,
@@ -58,7 +63,10 @@ from epmesh_server.membership.events import (
     SetPlacement,
     Tick,
 )
+from epmesh_server.metrics_server import answer_of
 from epmesh_server.node import descriptors
+from epmesh_server.node.metrics import of_ranks
+from epmesh_server.node.rank_stats import StatsBook
 from epmesh_server.node.settings import NodeSettings
 from epmesh_server.node.store import KeyValueStore
 from epmesh_server.ranks.driver_tensors import read_tensors
@@ -396,6 +404,52 @@ def key_value_store(data: bytes) -> None:
     assert store._bytes == sum(len(key) + len(value) for key, value in store._values.items())
 
 
+# Metrics -------------------------------------------------------------------------------------------------------------
+
+
+def scrape(data: bytes) -> None:
+    """What somebody sends to a metrics port: the answer is HTTP, and says how long it is."""
+    answer = answer_of(data, CollectorRegistry())
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 ")
+    assert body == b"" or f"Content-Length: {len(body)}".encode() in head
+
+
+class _Rank:
+    """As much of a local rank as its figures need."""
+
+    rank = 0
+
+
+def rank_stats(data: bytes) -> None:
+    """A rank's figures: whatever they are, they can be scraped, and stay within their bounds."""
+    book = StatsBook(lambda: 0.0)
+    book.take(_Rank(), _parsed(rank_service_pb2.RankStats, data))  # type: ignore[arg-type]
+    ((_, record),) = book.records()
+    assert len(record.stats.groups) <= 64
+    summed(book.recent_waits())
+    registry = CollectorRegistry()
+    registry.register(_Figures(book))
+    list(text_string_to_metric_families(generate_latest(registry).decode()))
+
+
+class _Figures(Collector):
+    def __init__(self, book: StatsBook) -> None:
+        self._book = book
+
+    def collect(self) -> Iterator[Metric]:
+        yield from of_ranks(self._book)
+
+
+def _stats_seed() -> bytes:
+    waited = [frame_pb2.WaitedFor(rank=1, seconds=0.5)]
+    durations = rank_service_pb2.Durations(counts=[1] * 16, sum_s=0.25)
+    group = rank_service_pb2.GroupStats(group="ep", dispatches=durations, combines=durations, waited_for=waited)
+    group.errors.add(error="PeerLost", count=1)
+    serving = rank_service_pb2.ServingStats(requests=3, rows=9)
+    return rank_service_pb2.RankStats(groups=[group], serving=serving).SerializeToString()
+
+
 TARGETS = {
     target.name: target
     for target in (
@@ -410,5 +464,7 @@ TARGETS = {
         Target("log", log, (_log_seed(),)),
         Target("configuration", configuration, (b"127.0.0.1:7400", b"64MiB", b"0-3;4-7", b"[::1]:7401")),
         Target("key_value_store", key_value_store, (pack([b"1/k", b"v", b"1/c", b"3"]),)),
+        Target("scrape", scrape, (b"GET /metrics HTTP/1.1\r\nHost: node-0\r\n\r\n",)),
+        Target("rank_stats", rank_stats, (_stats_seed(),)),
     )
 }

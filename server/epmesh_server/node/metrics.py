@@ -48,12 +48,9 @@ class NodeCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """All of them, as they are now."""
-        records = self._book.records()
         yield from self._of_node()
         yield from self._of_pages()
-        yield from _of_groups(records)
-        yield from _of_links(records, self._book.now())
-        yield from _of_serving(records)
+        yield from of_ranks(self._book)
 
     def _of_node(self) -> Families:
         view = self._board.view
@@ -85,6 +82,14 @@ class NodeCollector(Collector):
                 sequence.add_metric([rank, group, "dispatched"], progress.dispatched)
                 sequence.add_metric([rank, group, "completed"], progress.completed)
         yield from (sequence, broken)
+
+
+def of_ranks(book: StatsBook) -> Families:
+    """What the ranks reported."""
+    records = book.records()
+    yield from _of_groups(records)
+    yield from _of_links(records, book.now())
+    yield from _of_serving(records)
 
 
 def _of_groups(records: Sequence[_Record]) -> Families:
