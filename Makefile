@@ -19,12 +19,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Minutes that `make fuzz` takes.
 MINUTES ?= 2
 
-.PHONY: help setup demo test check format bench fuzz proto docs clean distclean
+.PHONY: help setup demo test check format bench fuzz test-compose proto docs clean distclean
 
 help:  ## say what there is (the default)
 	@echo "epmesh: expert-parallel all-to-all as a service"
 	@echo
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
 	@echo
 	@echo "Start with \`make demo\`, then \`make test\`."
 
@@ -73,6 +73,9 @@ fuzz: $(STAMP)  ## random bytes against all that reads from outside, for MINUTES
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[fuzz]' 2>/dev/null \
 	    || echo "fuzz: atheris does not install here; inputs are mutated without its guidance"
 	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)
+
+test-compose: $(STAMP)  ## the images and a mesh of containers: killed, paused, cut off, replaced, restarted
+	@PYTHON="$(CURDIR)/$(BIN)/python" docker/test-compose.sh $(ARGS)
 
 proto:  ## regenerate the stubs under client/epmesh/v1 from proto/
 	@PYTHON="$(PYTHON)" proto/generate.sh client

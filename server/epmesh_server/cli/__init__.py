@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 __all__ = ["main"]
+
+# gRPC writes lines of its own to stderr for what becomes a typed error here, such as every refused handshake.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def main() -> None:

@@ -550,6 +550,30 @@ def doctor(
 
 
 @app.command()
+def health(
+    address: Annotated[
+        str,
+        typer.Argument(
+            envvar="EPMESH_ADDRESS", metavar="[HOST:PORT]", help="A node service, or a coordinator.", show_default=True
+        ),
+    ] = "127.0.0.1:7400",
+    tls_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="EPMESH_TLS_DIR",
+            help="Directory with ca.crt, tls.crt and tls.key, where the mesh is secured.",
+            show_default="no TLS",
+        ),
+    ] = None,
+) -> None:
+    """Say whether a service is ready, by its exit code: for health checks of containers."""
+    from epmesh_server.cli import health as health_command
+
+    health_command.check(address, tls_files(tls_dir))
+    print("ready")
+
+
+@app.command()
 def demo() -> None:
     """Run a real mixture-of-experts model over two nodes, by ranks and by routers; ends with demo: PASS or FAIL."""
     from epmesh_server.cli.demo import run_demo

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Builds both images: `build.sh [cpu|cuda]`, tagged epmesh-node and epmesh-router (TAG=latest). BASE_IMAGE=... names
+# another base. Wheels are made anew unless SKIP_WHEELS=1.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+accelerator=${1:-cpu}
+tag=${TAG:-latest}
+[ "${SKIP_WHEELS:-0}" = 1 ] || docker/wheels.sh "$accelerator"
+for target in router node; do
+  echo "build: epmesh-$target:$tag"
+  docker build --quiet --file docker/Dockerfile --target "$target" --tag "epmesh-$target:$tag" \
+    --build-arg "ACCELERATOR=$accelerator" ${BASE_IMAGE:+--build-arg "BASE_IMAGE=$BASE_IMAGE"} . >/dev/null
+done
+docker images --format '  {{.Repository}}:{{.Tag}} {{.Size}}' | grep -E "^  epmesh-(node|router):$tag " || true

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# `make test-compose`: builds the images, and has tests/compose kill, pause, cut off and replace containers.
+#
+# Uses the container engine that runs here. Where none does and this is root on Debian, installs what is missing, starts
+# an engine of its own in a directory of its own, and removes all of it in the end. Elsewhere it says why it skips.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-.venv/bin/python}
+export PATH=/usr/bin:/usr/sbin:$PATH # before anything else that is named docker
+
+skip() {
+  echo "test-compose: SKIPPED ($*)"
+  exit 0
+}
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/epmesh-compose-XXXXXX")
+engine=""
+own_images=()
+
+finish() {
+  local code=$?
+  trap - EXIT INT TERM
+  if ((${#own_images[@]})); then docker rmi --force "${own_images[@]}" >/dev/null 2>&1 || true; fi
+  if [ -n "$engine" ]; then
+    kill "$engine" 2>/dev/null || true
+    for _ in {1..100}; do kill -0 "$engine" 2>/dev/null || break; sleep 0.1; done
+    awk -v under="$work" 'index($2, under) == 1 { print $2 }' /proc/mounts | sort -r | xargs -r umount -l 2>/dev/null || true
+    ip link delete "$bridge" 2>/dev/null || true
+  fi
+  rm -rf "$work"
+  exit "$code"
+}
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+missing=()
+for command in docker dockerd docker-compose debootstrap iptables; do
+  command -v "$command" >/dev/null || missing+=("$command")
+done
+if docker info >/dev/null 2>&1 && command -v docker-compose >/dev/null; then
+  echo "test-compose: uses the container engine that runs here"
+else
+  [ "$(id -u)" = 0 ] || skip "no container engine answers, and starting one needs root"
+  [ -z "${missing[*]:-}" ] || command -v apt-get >/dev/null || skip "${missing[*]} missing, and no apt-get to install them"
+  if ((${#missing[@]})); then
+    echo "test-compose: installing docker.io, docker-compose, debootstrap and iptables (for ${missing[*]})"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+      docker.io docker-compose debootstrap iptables; } >"$work/apt.log" 2>&1 \
+      || { tail -n 5 "$work/apt.log"; skip "the packages of a container engine cannot be installed here"; }
+  fi
+  bridge=epm$((RANDOM % 9000 + 1000))
+  ip link add name "$bridge" type bridge 2>"$work/link.err" || skip "no network bridge may be made here: $(cat "$work/link.err")"
+  ip address add "10.$((RANDOM % 200 + 20)).255.1/24" dev "$bridge"
+  dockerd --data-root "$work/data" --exec-root "$work/exec" --pidfile "$work/pid" --bridge "$bridge" \
+    --host "unix://$work/docker.sock" >"$work/dockerd.log" 2>&1 &
+  engine=$!
+  export DOCKER_HOST="unix://$work/docker.sock"
+  for _ in {1..300}; do
+    docker info >/dev/null 2>&1 && break
+    kill -0 "$engine" 2>/dev/null || { tail -n 3 "$work/dockerd.log"; skip "no container engine starts here"; }
+    sleep 0.1
+  done
+  docker info >/dev/null 2>&1 || { tail -n 3 "$work/dockerd.log"; skip "the container engine does not answer"; }
+  echo "test-compose: started a container engine of its own ($(docker info --format '{{.ServerVersion}}, {{.Driver}}'))"
+fi
+
+export EPMESH_TAG="test-$$" TAG="test-$$"
+own_images=("epmesh-node:$TAG" "epmesh-router:$TAG")
+if [ -z "${BASE_IMAGE:-}" ] && [ "$(id -u)" = 0 ] && command -v debootstrap >/dev/null; then
+  export BASE_IMAGE="epmesh-base:$TAG"
+  own_images+=("$BASE_IMAGE")
+  docker/base-image.sh "$BASE_IMAGE"
+fi
+PYTHON=$python docker/build.sh cpu
+if "$python" -m pytest tests/compose -v -o faulthandler_timeout=600 "$@"; then echo "test-compose: PASS"; else echo "test-compose: FAIL"; exit 1; fi
