@@ -5,11 +5,41 @@ Every expert is on both nodes, so a router has somewhere to go whatever happens 
 
 from __future__ import annotations
 
-from tests.compose.stack import Stack, Traffic, generate, wait_until
+import json
+import re
+
+import pytest
+
+from tests.compose.stack import COMPOSE_FILE, MESH, Stack, Traffic, generate, wait_until
+
+
+PROMETHEUS = COMPOSE_FILE.with_name("prometheus.yml")
 
 
 def test_the_text_is_that_of_one_process(whole: Stack, text: str) -> None:
     assert generate(whole.url()) == text
+
+
+@pytest.mark.parametrize("target", re.findall(r'"([a-z0-1-]+:\d+)"', PROMETHEUS.read_text()))
+def test_every_target_of_prometheus_has_figures(whole: Stack, target: str) -> None:
+    fetch = f"import urllib.request as r; print(r.urlopen('http://{target}/metrics', timeout=5).read().decode())"
+    figures = whole.docker("exec", whole.container("router"), "python3", "-c", fetch)
+    assert re.search(r"^(epmesh|router)_\w+(\{.*\})? [0-9.e+]+$", figures, re.MULTILINE)
+
+
+def test_no_service_sees_the_key_of_another(whole: Stack) -> None:
+    for service in MESH:
+        mounts = json.loads(whole.docker("inspect", whole.container(service)))[0]["Mounts"]
+        names = [mount["Name"].removeprefix(f"{whole.project}_") for mount in mounts if mount["Destination"] == "/tls"]
+        assert names == [f"{service}-tls"]
+        assert "authority" not in str(mounts)
+
+
+def test_containers_run_as_nobody_special(whole: Stack) -> None:
+    for service in MESH:
+        shown = json.loads(whole.docker("inspect", whole.container(service)))[0]
+        assert shown["HostConfig"]["ReadonlyRootfs"]
+        assert whole.docker("exec", whole.container(service), "id", "-u").strip() == "10001"
 
 
 def test_a_killed_node_costs_no_request_and_comes_back(whole: Stack, text: str) -> None:

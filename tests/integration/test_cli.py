@@ -47,6 +47,16 @@ def test_two_nodes_serve_and_status_shows_them_everywhere(shell: Shell) -> None:
     assert "world" in table
 
 
+def test_health_says_ready_by_its_exit_code(shell: Shell) -> None:
+    shell.serve("--node-id", "left")
+    for address in (shell.address, shell.coordinator):
+        asked = shell.run("health", address)
+        assert (asked.process.returncode, asked.output.strip()) == (0, "ready")
+    nobody = shell.run("health", f"{shell.host}:1")
+    assert nobody.process.returncode == 1
+    assert "MeshUnavailable" in nobody.output
+
+
 @on_event_loop
 async def test_status_shows_a_rank_with_its_device_and_experts() -> None:
     with open_shell() as shell:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -27,7 +29,8 @@ def check(address: str, tls: TlsFiles | None) -> None:
     split_address(address, "address")
     with open_channel(address, tls=tls) as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
+            stub: Any = health_pb2_grpc.HealthStub(channel)  # its methods are unknown to the stubs
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
         except grpc.RpcError as exc:
             raise explained(from_rpc_error(exc, address), address, tls) from exc
     if answer.status != _Response.SERVING:
