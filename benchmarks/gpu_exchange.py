@@ -282,11 +282,11 @@ class RankBench:
 
     def _make_barrier(self) -> torch.cuda.CUDAGraph:
         """An exchange of next to nothing, after which all devices go on at once."""
-        rows = torch.ones(1, 16, device=self._comm.device)
-        weights, ids = torch.ones(1, 1, device=rows.device), torch.zeros(1, 1, dtype=torch.int64, device=rows.device)
+        rows, weights = torch.ones(1, 16, device=self._comm.device), torch.ones(1, 1, device=self._comm.device)
+        self._little = rows, weights, torch.zeros(1, 1, dtype=torch.int64, device=rows.device)  # as long as the graph
 
         def meet() -> None:
-            self._comm.combine(self._comm.dispatch(rows, weights, ids, static=True)[0])
+            self._comm.combine(self._comm.dispatch(*self._little, static=True)[0])
 
         self._comm.combine(self._comm.dispatch(*self._inputs, static=True)[0])  # makes memory for the largest
         meet()

@@ -55,6 +55,14 @@ def test_a_captured_exchange_is_replayed_with_another_routing_every_time(ranks: 
             assert seen.wrong == 0, seen
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_prepared_calls_move_the_rows_of_every_call(ranks: int) -> None:
+    with mesh(ranks, works.EXPERTS_A_RANK * ranks) as ranks_of_one_gpu:
+        for worst, wrong, prepared in ranks_of_one_gpu.run(works.repeat, 11, 60):
+            assert wrong == 0, worst
+            assert prepared == 6  # both modes, each as it is, with extra tensors, and quantized
+
+
 def test_exact_and_static_exchanges_take_turns_without_growth(exchanges: int) -> None:
     with mesh(2, 8) as two:
         for early, late in two.run(works.exchange_and_measure, exchanges):

@@ -172,3 +172,39 @@ def exchange_on_few_sms(comm: Communicator, num_sms: int) -> tuple[int | None, l
     sums += [exchange(static) for static in (False, True, False, True)]
     lanes = [comm._exchange.exact, comm._exchange._static]  # type: ignore[attr-defined]
     return comm.all2all_manager.max_sms_used(), [lane.plan.programs for lane in lanes], sums
+
+
+def repeat(comm: Communicator, tokens: int, times: int) -> tuple[float, int, int]:
+    """Eager exchanges of one shape with other rows and another routing every time, by all three ways to call them.
+
+    Returns:
+        The largest error, beside the largest result; how many were wrong; calls that were prepared for them.
+    """
+    num_experts, device = EXPERTS_A_RANK * comm.world_size, comm.device
+    held = torch.zeros(num_experts, dtype=torch.bool, device=device)
+    held[comm.rank * EXPERTS_A_RANK : (comm.rank + 1) * EXPERTS_A_RANK] = True
+    source = torch.Generator(device=device).manual_seed(comm.rank)
+    worst, wrong = 0.0, 0
+    for number in range(times):
+        rows = torch.randn(tokens, HIDDEN, generator=source, device=device).bfloat16()
+        weights = torch.rand(tokens, TOPK, generator=source, device=device)
+        ids = torch.rand(tokens, num_experts, generator=source, device=device).argsort(dim=1)[:, :TOPK].contiguous()
+        ids.masked_fill_(torch.rand(ids.shape, generator=source, device=device) < 0.2, -1)
+        marks = torch.arange(tokens, dtype=torch.int32, device=device)
+        extra = [marks, marks[:, None].float().repeat(1, 3)] if number % 3 == 1 else None
+        quantize = "fp8" if number % 3 == 2 else None
+        received = comm.dispatch(rows, weights, ids, True, extra, static=number % 2 == 1, quantize=quantize)
+        values = received[0]
+        if quantize:
+            values = values.float() * received[3][0].repeat_interleave(128, dim=1)
+        results = mixture(values, received[1], received[2], held)
+        if number % 4 < 2:
+            output = comm.combine(results, True)
+        else:
+            output = comm.combine_into_output(results, torch.full((tokens, HIDDEN), 7.0, device=device), True)
+        wanted = mixture(rows, weights, ids, torch.ones_like(held))
+        error = float((output - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
+        comm.check()
+        bound = 0.07 if quantize else 1e-4
+        worst, wrong = max(worst, error / bound), wrong + (error > bound)
+    return worst, wrong, len(comm._exchange._prepared)  # type: ignore[attr-defined]

@@ -15,6 +15,8 @@ import torch
 from epmesh.communicator import Handle
 from epmesh.errors import InvalidRequest
 from epmesh.layout import Layout, Routing
+from epmesh.quantization import quantized
+from epmesh.tensors import row_tensors
 from epmesh.view import View
 from epmesh_server.kernels.lane import Lane, Rows, Table
 from epmesh_server.kernels.plan import MAX_WORLD_SIZE
@@ -83,29 +85,29 @@ class CudaCommunicator(JoinedCommunicator):
         static: bool = False,
         quantize: str | None = None,
     ) -> tuple[Any, ...]:
+        if quantize is not None:
+            hidden_states, extra_tensors = quantized(hidden_states, extra_tensors, quantize)
         tensors = (hidden_states, topk_weights, topk_ids)
-        plain = (
-            extra_tensors is None and quantize is None and (layer is None or type(layer) is int) and not self._destroyed
+        given = _plain(tensors if extra_tensors is None else (*tensors, *row_tensors([], extra_tensors)))
+        if given is None or self._destroyed or not (layer is None or type(layer) is int):
+            return super().dispatch(*tensors, is_sequence_parallel, extra_tensors, layer=layer, static=static)
+        key = (
+            *[each.shape for each in given],
+            *[each.dtype for each in given],
+            *(extra_tensors is None, layer, bool(is_sequence_parallel), bool(static)),
         )
-        if not plain or not type(hidden_states) is type(topk_weights) is type(topk_ids) is torch.Tensor:
-            return super().dispatch(
-                *tensors, is_sequence_parallel, extra_tensors, layer=layer, static=static, quantize=quantize
-            )
-        kinds = hidden_states.dtype, topk_weights.dtype, topk_ids.dtype
-        shapes = hidden_states.shape, topk_weights.shape, topk_ids.shape
-        key = (shapes, kinds, layer, bool(is_sequence_parallel), bool(static))
         received = None
         self._check_mode()
         if self._busy.acquire(blocking=False):  # else the long way says who is inside
             try:
                 received = self._exchange.again(
-                    key, tensors, lambda: self._routed(list(tensors), None, is_sequence_parallel, layer, static)
+                    key, given, lambda: self._routed(list(tensors), extra_tensors, is_sequence_parallel, layer, static)
                 )
             finally:
                 self._busy.release()
         if received is None:
-            received = super().dispatch(*tensors, is_sequence_parallel, layer=layer, static=static)
-            self._exchange.prepare(key, tensors)
+            received = super().dispatch(*tensors, is_sequence_parallel, extra_tensors, layer=layer, static=static)
+            self._exchange.prepare(key, given)
         return received
 
     def combine(
@@ -248,6 +250,14 @@ class _Received:
     def is_completed(self) -> bool:
         """Whether `wait` has nothing left to do."""
         return bool(self._work.is_completed())
+
+
+def _plain(tensors: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:
+    """The tensors, where all are torch's own and nothing else."""
+    for each in tensors:
+        if type(each) is not torch.Tensor:
+            return None
+    return tensors
 
 
 def _host(tensor: Any) -> Any:

@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -173,7 +173,7 @@ class CudaExchange(Exchange):
 
     def again(
         self, key: Hashable, tensors: Sequence[torch.Tensor], make_request: Callable[[], Request]
-    ) -> tuple[torch.Tensor, ...] | None:
+    ) -> tuple[Any, ...] | None:
         """A dispatch that was prepared under `key`; `None` where it has to go the long way."""
         call = self._prepared.get(key)
         if call is None or call.view is not self.member.view:
@@ -192,7 +192,7 @@ class CudaExchange(Exchange):
         if not static:
             return self._exact_again(call, tensors, make_request, stream)
         slot = self._free_slot()
-        received = call.launch_static(tensors, slot, stream)
+        received = call.request.shape(call.launch_static(tensors, slot, stream))
         exchange = StaticExchange(self, call.request, call.layout, slot, call.lane, received, call)
         self._last = self._open[slot] = exchange
         self._sent[exchange] = call.sent[slot]
@@ -204,7 +204,7 @@ class CudaExchange(Exchange):
         tensors: Sequence[torch.Tensor],
         make_request: Callable[[], Request],
         stream: int,
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[Any, ...]:
         """As `_start` and `settle`."""
         slot, member = self._free_slot(), self.member
         sequence = member.begin()
@@ -224,8 +224,7 @@ class CudaExchange(Exchange):
                 exchange = OpenExchange(self, stage, request, layout, slot)
         self._last = self._open[slot] = exchange
         exchange.settle()
-        received: tuple[torch.Tensor, ...] = exchange._received
-        return received
+        return exchange._received
 
     def prepare(self, key: Hashable, tensors: Sequence[torch.Tensor]) -> None:
         """Prepares to do the last dispatch, which was of `tensors`, again."""

@@ -67,7 +67,7 @@ class PreparedDispatch:
     @classmethod
     def of(cls, exchange: OpenExchange, lane: Lane, rows: Rows, digest: int, view: View) -> PreparedDispatch:
         """What `exchange` did with `rows`, to be done again."""
-        request, received = exchange._request, exchange._received
+        request, received = exchange._request, _flat(exchange._received)
         static_rows = request.static_rows
         numbers = lane.row_numbers(rows) if static_rows is None else static_rows
         sent = tuple(lane.keep(slot, numbers, rows.num_tokens, static_rows is not None) for slot in range(MAX_OPEN))
@@ -95,11 +95,11 @@ class PreparedDispatch:
         launch.values[launch.places["stamp"]] = stamp
         launch(stream)
 
-    def launch_static(self, tensors: Tensors, slot: int, stream: int) -> tuple[torch.Tensor, ...]:
+    def launch_static(self, tensors: Tensors, slot: int, stream: int) -> list[torch.Tensor]:
         """Static mode: sends `tensors`; returns what is received."""
         launch = self.launches[slot]
         _set_addresses(launch, 0, tensors)
-        received = tuple([_empty_strided(*each) for each in self.outputs])
+        received = [_empty_strided(*each) for each in self.outputs]
         _set_addresses(launch, len(received), received)
         launch(stream)
         return received
@@ -221,6 +221,12 @@ def _set_addresses(launch: Launch, at: int, tensors: Tensors) -> None:
     for tensor in tensors:
         values[at] = tensor.data_ptr()
         at += 1
+
+
+def _flat(received: tuple[Any, ...]) -> list[torch.Tensor]:
+    """What a dispatch returned, with the extra tensors behind the others."""
+    *named, last = received
+    return [*named, *last] if isinstance(last, list) else [*named, last]
 
 
 def _form(tensor: torch.Tensor, *, whole: bool) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
