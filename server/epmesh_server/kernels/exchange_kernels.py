@@ -252,9 +252,11 @@ def _index(
         tl.store(_halves(tokens) + source, rows)
         count = (total - before).to(tl.int64)
         tl.store(shown + 1 + source, (stamp & 0xFFFFFFFF) << 32 | count)
-    # The host looks at this word first: the counts must be there when it is.
+    # The host looks at the last word first: the counts must be there when it is. What orders the two is on the device;
+    # not every device has atomic operations on the host's memory.
     tl.debug_barrier()
-    tl.atomic_xchg(shown, (stamp & 0x7FFFFF) << 40 | worst, sem="release", scope="sys")
+    tl.atomic_xchg(_words(local) + ARRIVED, _wide(0), sem="acq_rel", scope="sys")
+    tl.store(shown, (stamp & 0x7FFFFF) << 40 | worst)
 
 
 # Sizes and places are arguments, and none is specialized: one variant serves whatever is moved in the same units among
@@ -402,7 +404,6 @@ def dispatch(
             tl.debug_barrier()
             arrived = tl.atomic_add(_words(local) + ARRIVED, _wide(1), sem="acq_rel", scope="gpu")
             if arrived == programs - 1:  # the last one sees what all have awaited
-                tl.store(_words(local) + ARRIVED, 0)
                 _index(
                     own,
                     words,

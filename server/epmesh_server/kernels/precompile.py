@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 Compile = Callable[[], object]
 
-_CALM_S = 1.0
+_CALM_S = 0.25
 _POLL_S = 0.1
 
 
