@@ -5,13 +5,16 @@ Servers take `COMMON` and `KEEPALIVE` too, for both ends of a connection must ag
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import grpc
 import grpc.aio
 
+from epmesh.errors import InvalidRequest
 from epmesh.tls import SERVICE_NAME, TlsFiles
 
+_log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 16 << 20
 UNIX_PREFIX = "unix:"
 
@@ -80,6 +83,53 @@ def open_aio_channel(
     if tls is None or target.startswith(UNIX_PREFIX):
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, _credentials(tls), options=_named(options, server))
+
+
+class RenewedChannel:
+    """A channel to a node service that shows the certificate of now: opened anew, for later calls, once its files were
+    replaced. (A channel of gRPC shows the one that it was opened with, also when it connects again.)
+
+    Not for several threads at once.
+    """
+
+    def __init__(self, node: NodeAddress, tls: TlsFiles | None) -> None:
+        """Opens the first one.
+
+        Raises:
+            InvalidRequest: the files of `tls` cannot be read.
+        """
+        self._node, self._tls = node, tls
+        self._stamp = _stamp(tls)
+        self._channel = self._open()
+        self._before: grpc.Channel | None = None  # calls from before the files were replaced go on there
+
+    def get(self) -> grpc.Channel:
+        """The channel for a new call."""
+        stamp = _stamp(self._tls)
+        if stamp == self._stamp:
+            return self._channel
+        try:
+            opened = self._open()
+        except InvalidRequest as exc:
+            _log.warning("tls.failed: %s; calls go on with the certificate from before", exc)
+            return self._channel
+        if self._before is not None:
+            self._before.close()
+        self._before, self._channel, self._stamp = self._channel, opened, stamp
+        return opened
+
+    def close(self) -> None:
+        """Ends all calls."""
+        for channel in (self._before, self._channel):
+            if channel is not None:
+                channel.close()
+
+    def _open(self) -> grpc.Channel:
+        return open_channel(self._node.address, tls=self._tls, server=self._node.server)
+
+
+def _stamp(tls: TlsFiles | None) -> object:
+    return None if tls is None else tls.stamp
 
 
 def _credentials(tls: TlsFiles) -> grpc.ChannelCredentials:

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from epmesh import errors
-from epmesh.channels import NodeAddress, open_channel
+from epmesh.channels import NodeAddress, RenewedChannel
 from epmesh.curve import KeyPair
 from epmesh.errors import EpmeshError
 from epmesh.tls import TlsFiles
@@ -31,11 +31,15 @@ class _Lease:
 
     def __init__(self, node: NodeAddress, tls: TlsFiles | None) -> None:
         self.address = node.address
-        self.channel = open_channel(node.address, tls=tls, server=node.server)
-        self.stub = key_service_pb2_grpc.KeyServiceStub(self.channel)
+        self.channel = RenewedChannel(node, tls)
         self.uses = 0
         self.due = 0.0
         self.error: EpmeshError | None = None
+
+    @property
+    def stub(self) -> key_service_pb2_grpc.KeyServiceStub:
+        """To call."""
+        return key_service_pb2_grpc.KeyServiceStub(self.channel.get())
 
     def ask(self, pair: KeyPair, name: str) -> None:
         """Asks for the lease, or its renewal."""

@@ -16,7 +16,7 @@ import grpc
 
 from epmesh import errors
 from epmesh.arrays import Rows
-from epmesh.channels import NodeAddress, open_channel
+from epmesh.channels import NodeAddress, RenewedChannel
 from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, PeerLost
 from epmesh.forward import NodeCall, Tokens
 from epmesh.frames import Buffer, num_bytes
@@ -129,7 +129,7 @@ class GrpcRows:
     def __init__(self, tls: TlsFiles | None = None) -> None:
         self._tls = tls
         self._lock = threading.Lock()  # guards what follows
-        self._channels: dict[tuple[str, str], tuple[grpc.Channel, router_service_pb2_grpc.RouterServiceStub]] = {}
+        self._channels: dict[NodeAddress, RenewedChannel] = {}
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(_GRPC_THREADS, "epmesh-router-grpc")
 
     def send(self, call: NodeCall, parts: Parts, timeout_s: float) -> Future[Rows]:
@@ -153,18 +153,17 @@ class GrpcRows:
         with self._lock:
             pool, self._pool = self._pool, None
             channels, self._channels = list(self._channels.values()), {}
-        for channel, _ in channels:
+        for channel in channels:
             channel.close()
         if pool is not None:
             pool.shutdown(wait=True)
 
     def _stub(self, node: NodeInfo) -> router_service_pb2_grpc.RouterServiceStub:
-        key = node.address, node.node_id
-        found = self._channels.get(key)
-        if found is None:
-            channel = open_channel(node.address, tls=self._tls, server=node_name(node.node_id))
-            found = self._channels[key] = channel, router_service_pb2_grpc.RouterServiceStub(channel)
-        return found[1]
+        where = NodeAddress(node.address, node_name(node.node_id))
+        channel = self._channels.get(where)
+        if channel is None:
+            channel = self._channels[where] = RenewedChannel(where, self._tls)
+        return router_service_pb2_grpc.RouterServiceStub(channel.get())
 
 
 class _RpcFuture(Future[Rows]):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import ssl
 import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ COORDINATOR_NAME = "coordinator.epmesh"
 NODE_NAME = "node.epmesh"
 
 _MAX_FILE_BYTES = 1 << 20
+_TRIES, _SETTLE_S = 5, 0.02  # three files cannot be replaced in one step
 _OTHERS = stat.S_IRWXO
 
 
@@ -72,17 +75,38 @@ class TlsFiles:
         return files
 
     def read(self) -> TlsContents:
-        """What the files hold now.
+        """What the files hold now; where somebody is just replacing them, what they hold a moment later.
 
         Raises:
-            InvalidRequest: one cannot be read or is no PEM file, or everybody may read the private key.
+            InvalidRequest: one cannot be read or is no PEM file, the private key is not the certificate's, or everybody
+                may read it.
         """
+        for _ in range(_TRIES):
+            stamp, contents = self.stamp, self._read()
+            misfit = self._misfit()
+            if misfit is None and stamp == self.stamp:
+                return contents
+            time.sleep(_SETTLE_S)
+        raise InvalidRequest(
+            f"{self.certificate} and {self.private_key} do not fit together: {misfit or 'they change'}"
+        )
+
+    def _read(self) -> TlsContents:
         mode = _mode(self.private_key)
         if mode & _OTHERS:
             raise InvalidRequest(
                 f"private key {self.private_key} has mode {mode:04o}, so every user here may use it; chmod 600 it"
             )
         return TlsContents(*map(_pem, (self.ca, self.certificate, self.private_key)))
+
+    def _misfit(self) -> str | None:
+        """Why the private key is not that of the certificate."""
+        try:
+            # Nobody is there to type the password of a key that has one.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(self.certificate, self.private_key, lambda: "")
+        except (ssl.SSLError, OSError) as exc:
+            return exc.reason if isinstance(exc, ssl.SSLError) and exc.reason else str(exc)
+        return None
 
     @property
     def stamp(self) -> tuple[tuple[int, int], ...]:

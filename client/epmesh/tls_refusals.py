@@ -50,7 +50,7 @@ def _secured(connection: socket.socket, tls: TlsFiles, server: str) -> str | Non
     try:
         context = _context(tls)
     except ssl.SSLError as exc:
-        return f"{tls.certificate}, {tls.private_key} and {tls.ca} do not fit together: {exc.reason or exc}"
+        return f"{tls.ca} cannot be used: {exc.reason or exc}"
     try:
         with context.wrap_socket(connection, server_hostname=server) as secured:
             # A service looks at the caller's certificate after the handshake is over for the caller.

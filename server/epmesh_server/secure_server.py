@@ -95,7 +95,6 @@ class _Configurations:
             return None
         try:
             contents = self._tls.read()
-            _parse(self._tls)
         except InvalidRequest as exc:
             _log.warning("tls.failed: %s; connections go on with the certificate from before", exc)
             return None

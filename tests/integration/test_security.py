@@ -224,10 +224,11 @@ def test_a_key_of_another_certificate_is_named(mesh: LocalMesh, issue: Issue) ->
     one, other = issue(ROUTER), issue(ROUTER)
     mixed = TlsFiles(ca=one.ca, certificate=one.certificate, private_key=other.private_key)
     expect(
-        "client whose key is not of its certificate",
+        "private key that is not the certificate's",
         lambda: look(mesh.address, mixed),
-        Unauthenticated,
+        InvalidRequest,
         "do not fit together",
+        plane=FILES,
     )
 
 

@@ -15,10 +15,11 @@ from typing import Protocol
 import grpc
 
 from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, Unauthenticated, from_rpc_error
-from epmesh.tls import COORDINATOR_NAME, TlsFiles
+from epmesh.tls import COORDINATOR_NAME
 from epmesh.tls_refusals import explained
 from epmesh.v1 import membership_service_pb2 as wire
 from epmesh.v1 import membership_service_pb2_grpc
+from epmesh_server.node.coordinator_channel import CoordinatorChannel
 from epmesh_server.node.registration import Identity, Registration
 from epmesh_server.node.rpc import CALL_TIMEOUT_S
 
@@ -63,12 +64,9 @@ class NodeCommands(Protocol):
 class CoordinatorLink:
     """Keeps a node registered at one coordinator."""
 
-    def __init__(
-        self, address: str, channel: grpc.aio.Channel, node: NodeCommands, tls: TlsFiles | None = None
-    ) -> None:
-        self._tls = tls
-        self._address = address
-        self._stub = membership_service_pb2_grpc.MembershipServiceStub(channel)
+    def __init__(self, channel: CoordinatorChannel, node: NodeCommands) -> None:
+        self._channel = channel
+        self._address = channel.address
         self._node = node
         self._session: _Session | None = None
         self._lease: _Lease | None = None
@@ -137,9 +135,10 @@ class CoordinatorLink:
             curve=identity.curve,
             join_token=identity.join_token,
         )
+        stub = membership_service_pb2_grpc.MembershipServiceStub(await self._channel.renewed())
         sent = asyncio.get_running_loop().time()
         try:
-            answer = await self._stub.RegisterNode(request, timeout=CALL_TIMEOUT_S)
+            answer = await stub.RegisterNode(request, timeout=CALL_TIMEOUT_S)
         except grpc.aio.AioRpcError as exc:
             raise await self._refusal(exc) from exc
         granted = Registration(answer.slot, answer.mesh_id, answer.stride, answer.heartbeat_interval_s, answer.lease_s)
@@ -153,7 +152,7 @@ class CoordinatorLink:
         typed = from_rpc_error(error, f"coordinator at {self._address}")
         if self._lease is not None:
             return typed
-        return await asyncio.to_thread(explained, typed, self._address, self._tls, COORDINATOR_NAME)
+        return await asyncio.to_thread(explained, typed, self._address, self._channel.tls, COORDINATOR_NAME)
 
     async def _serve(self, registration: Registration, incarnation: int) -> None:
         """One control stream, until it breaks.
@@ -162,7 +161,8 @@ class CoordinatorLink:
             MeshUnavailable: always; why it broke.
         """
         assert self._lease is not None
-        session = self._session = _Session(self._stub, self._node, registration, self._lease)
+        stub = membership_service_pb2_grpc.MembershipServiceStub(self._channel.current)
+        session = self._session = _Session(stub, self._node, registration, self._lease)
         epoch = self._node.committed_epoch()
         hello = wire.Hello(slot=registration.slot, incarnation=incarnation, epoch=epoch)
         session.send(wire.NodeSessionRequest(hello=hello))

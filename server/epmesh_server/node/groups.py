@@ -11,6 +11,7 @@ from epmesh.errors import from_rpc_error
 from epmesh.grpc_errors import abort
 from epmesh.v1 import group_service_pb2 as wire
 from epmesh.v1 import group_service_pb2_grpc
+from epmesh_server.node.coordinator_channel import CoordinatorChannel
 from epmesh_server.node.rpc import seconds_left
 from epmesh_server.node.views import ViewBoard
 
@@ -23,9 +24,8 @@ _Response = TypeVar("_Response")
 class Groups(group_service_pb2_grpc.GroupServiceServicer):
     """Forwards to the coordinator with the caller's deadline; typed errors pass through as they are."""
 
-    def __init__(self, coordinator: str, channel: grpc.aio.Channel, board: ViewBoard) -> None:
-        self._coordinator = coordinator
-        self._stub = group_service_pb2_grpc.GroupServiceStub(channel)
+    def __init__(self, channel: CoordinatorChannel, board: ViewBoard) -> None:
+        self._channel = channel
         self._board = board
 
     async def CreateGroup(self, request: wire.CreateGroupRequest, context: _Context) -> wire.CreateGroupResponse:
@@ -46,10 +46,14 @@ class Groups(group_service_pb2_grpc.GroupServiceServicer):
         """The groups of the newest view known here, none before the first; works while the coordinator is away."""
         return wire.ListGroupsResponse(groups=self._board.message.groups if self._board.message else ())
 
+    @property
+    def _stub(self) -> group_service_pb2_grpc.GroupServiceAsyncStub:
+        return group_service_pb2_grpc.GroupServiceStub(self._channel.current)
+
     async def _forward(
         self, call: Callable[..., Awaitable[_Response]], request: _Request, context: _Context
     ) -> _Response:
         try:
             return await call(request, timeout=seconds_left(context, _MAX_TIMEOUT_S))
         except grpc.aio.AioRpcError as exc:
-            await abort(context, from_rpc_error(exc, f"coordinator at {self._coordinator}"))
+            await abort(context, from_rpc_error(exc, f"coordinator at {self._channel.address}"))

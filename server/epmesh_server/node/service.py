@@ -15,10 +15,10 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from epmesh.addresses import join_address, split_address
-from epmesh.channels import UNIX_PREFIX, open_aio_channel
+from epmesh.channels import UNIX_PREFIX
 from epmesh.curve import KeyPair
 from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable
-from epmesh.tls import COORDINATOR_NAME, TlsFiles
+from epmesh.tls import TlsFiles
 from epmesh.v1 import (
     discovery_service_pb2_grpc,
     group_service_pb2_grpc,
@@ -39,6 +39,7 @@ from epmesh_server.node.buffers import BufferPool
 from epmesh_server.node.client_keys import ClientKeyTable
 from epmesh_server.node.commands import Commands
 from epmesh_server.node.communicator_service import CommunicatorService
+from epmesh_server.node.coordinator_channel import CoordinatorChannel
 from epmesh_server.node.coordinator_link import CoordinatorLink
 from epmesh_server.node.descriptors import DescriptorBroker
 from epmesh_server.node.drivers import Drivers
@@ -132,12 +133,12 @@ class Node:
             budget_bytes=_DRIVER_REGIONS * settings.region_bytes,
         )
         self._health = health.aio.HealthServicer()
-        self._channel = open_aio_channel(settings.coordinator, tls=settings.tls, server=COORDINATOR_NAME)
+        self._channel = CoordinatorChannel(settings.coordinator, settings.tls)
         self._commands = Commands(self._table, self._board, self._follower, self._hosting, self._enrolment)
-        self._link = CoordinatorLink(settings.coordinator, self._channel, self._commands, settings.tls)
+        self._link = CoordinatorLink(self._channel, self._commands)
         self._table.on_change = self._link.ranks_changed
         self._hosting.on_links = self._link.links_changed
-        self._groups = Groups(settings.coordinator, self._channel, self._board)
+        self._groups = Groups(self._channel, self._board)
         self._router = RouterService(self._board, self._own_slot, self._caller)
         self._identity = Identity(settings.node_id or "", secrets.randbits(63) | 1, "", VERSION)
         self._servers: list[grpc.aio.Server] = []
@@ -150,7 +151,7 @@ class Node:
         Raises:
             InvalidRequest: a port or path cannot be bound.
         """
-        self._exit.push_async_callback(self._channel.close, None)
+        self._exit.push_async_callback(self._channel.close)
         self._exit.callback(self._follower.close)
         self._exit.callback(self._caller.close)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
