@@ -12,7 +12,6 @@ import pytest
 
 from tests.compose.stack import COMPOSE_FILE, MESH, Stack, Traffic, generate, wait_until
 
-
 PROMETHEUS = COMPOSE_FILE.with_name("prometheus.yml")
 
 
