@@ -6,11 +6,14 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 from prometheus_client.core import Metric
 
+from epmesh import Overloaded
 from epmesh_server.coordinator.metrics import CommitCounters, CoordinatorCollector
 from epmesh_server.membership import Membership, MeshCreated
 from epmesh_server.membership.nodes import NodeStatus
+from epmesh_server.node.call_budget import CallBudget
 from epmesh_server.node.drivers import Drivers
 from epmesh_server.node.metrics import BUCKETS_S, NodeCollector
 from epmesh_server.node.rank_stats import StatsBook
@@ -35,8 +38,16 @@ def section(title: str) -> set[str]:
 def test_the_page_has_the_metrics_of_a_node_service() -> None:
     table, board = RankTable(), ViewBoard()
     drivers = Drivers(table, board, Enrolment(), lambda *_: None, 4096)
-    collector = NodeCollector(table, board, StatsBook(), drivers, lambda: True)
-    assert names(collector.collect()) == section("Node service")
+    budget = CallBudget(8)
+    with budget.holding(5), pytest.raises(Overloaded), budget.holding(4):
+        raise AssertionError("it does not fit")
+    collector = NodeCollector(
+        table, board, StatsBook(), drivers, {"router": budget}, coordinator_reachable=lambda: True
+    )
+    metrics = list(collector.collect())
+    assert names(metrics) == section("Node service")
+    (refused,) = [metric for metric in metrics if metric.name == "epmesh_node_overloaded"]
+    assert [(sample.labels, sample.value) for sample in refused.samples] == [({"caller": "router"}, 1)]
 
 
 def test_the_page_has_the_metrics_of_a_coordinator() -> None:

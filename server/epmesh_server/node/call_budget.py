@@ -12,9 +12,14 @@ _RETRY_AFTER_S = 0.05
 
 
 class CallBudget:
-    """Bytes that calls may hold at once. Used on one event loop."""
+    """Bytes that calls may hold at once. Used on one event loop.
+
+    Attributes:
+        overloaded: calls that did not fit.
+    """
 
     def __init__(self, most: int) -> None:
+        self.overloaded = 0
         self._budget = FairBudget(most)
 
     @property
@@ -39,6 +44,7 @@ class CallBudget:
         if size > budget.limit:
             raise InvalidRequest(f"tensors of {size} bytes; at most {budget.limit} fit, send fewer rows at once")
         if not budget.fits(client, size):
+            self.overloaded += 1
             raise Overloaded(
                 _RETRY_AFTER_S,
                 f"calls hold {budget.held} bytes, {budget.held_by(client)} of them this client's; {size} more do not "

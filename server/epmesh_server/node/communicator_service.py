@@ -58,6 +58,11 @@ class CommunicatorService:
         self._budget = CallBudget(budget_bytes)
         self._idle_s = idle_s
 
+    @property
+    def budget(self) -> CallBudget:
+        """What calls hold."""
+        return self._budget
+
     def add_to(self, server: grpc.aio.Server) -> None:
         """Has `server` serve it."""
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {

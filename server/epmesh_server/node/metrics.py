@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from epmesh.v1 import rank_service_pb2 as wire
+from epmesh_server.node.call_budget import CallBudget
 from epmesh_server.node.drivers import Drivers
 from epmesh_server.node.rank_stats import RankRecord, StatsBook
 from epmesh_server.node.ranks import LocalRank, RankTable
@@ -31,9 +32,13 @@ class NodeCollector(Collector):
         board: ViewBoard,
         book: StatsBook,
         drivers: Drivers,
+        budgets: Mapping[str, CallBudget],
+        *,
         coordinator_reachable: Callable[[], bool],
     ) -> None:
+        """`budgets` are those of gRPC calls with tensors, by who calls."""
         self._table, self._board, self._book, self._drivers = table, board, book, drivers
+        self._budgets = budgets
         self._coordinator_reachable = coordinator_reachable
 
     def registry(self) -> CollectorRegistry:
@@ -49,6 +54,7 @@ class NodeCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """All of them, as they are now."""
         yield from self._of_node()
+        yield from self._of_calls()
         yield from self._of_pages()
         yield from of_ranks(self._book)
 
@@ -61,6 +67,14 @@ class NodeCollector(Collector):
         yield GaugeMetricFamily("epmesh_coordinator_reachable", "1 while its control stream is up.", reachable)
         yield GaugeMetricFamily("epmesh_node_ranks", "Ranks with a living session on this node.", len(self._table))
         yield GaugeMetricFamily("epmesh_node_drivers", "Ranks of this node that have a driver.", len(self._drivers))
+
+    def _of_calls(self) -> Families:
+        held = GaugeMetricFamily("epmesh_node_call_bytes", "Held by gRPC calls with tensors.", labels=["caller"])
+        refused = _counter("epmesh_node_overloaded", "gRPC calls with tensors that did not fit.", ["caller"])
+        for caller, budget in self._budgets.items():
+            held.add_metric([caller], budget.held)
+            refused.add_metric([caller], budget.overloaded)
+        yield from (held, refused)
 
     def _of_pages(self) -> Families:
         """What the ranks' control pages say, which needs nobody's interpreter lock."""

@@ -68,6 +68,11 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
         self._budget = budget or CallBudget(DEFAULT_BUDGET_BYTES)
         self._turns = Turns()
 
+    @property
+    def budget(self) -> CallBudget:
+        """What calls hold."""
+        return self._budget
+
     # Not a generator: one that is suspended in a `yield` would hear late that its caller is gone.
     async def ForwardRows(  # type: ignore[override]
         self, request_iterator: AsyncIterator[wire.ForwardRowsRequest], context: _Context

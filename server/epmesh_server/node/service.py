@@ -166,7 +166,12 @@ class Node:
         )
         self._exit.callback(broker.close)
         collector = NodeCollector(
-            self._table, self._board, self._stats, self._drivers, coordinator_reachable=lambda: self._link.connected
+            self._table,
+            self._board,
+            self._stats,
+            self._drivers,
+            {"router": self._router.budget, "driver": self._communicators.budget},
+            coordinator_reachable=lambda: self._link.connected,
         )
         metrics = maybe_metrics(self._settings.host, self._settings.metrics_port, collector.registry())
         self.metrics_address = await self._exit.enter_async_context(metrics)
