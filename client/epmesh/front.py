@@ -38,6 +38,7 @@ from epmesh.v1 import front_pb2
 _log = logging.getLogger(__name__)
 
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 200, 600
+HANDSHAKE_MS = 5000  # who connects and does not shake hands is cut off; ZeroMQ's own is 30 s
 MAX_FRAME_BYTES = 1 << 32
 INLINE = -1  # in `places`: the tensor is a frame of the message
 _CONNECT_WITHIN_S = 1.5
@@ -75,6 +76,7 @@ def configure_front_socket(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)

@@ -23,9 +23,34 @@ Context = grpc.aio.ServicerContext[Any, Any]
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
+MAX_CALLS = 16_384
+"""Calls that one TCP port has open at once, streams included; beyond, gRPC answers RESOURCE_EXHAUSTED, `Overloaded`."""
+
+_BOUNDS = (
+    ("grpc.max_concurrent_streams", 4096),  # of one connection; more wait at the client
+    (
+        "grpc.server_handshake_timeout_ms",
+        5000,
+    ),  # who connects and says nothing is cut off; by default after two minutes
+    ("grpc.max_connection_idle_ms", 600_000),
+)
+_ENDLESS = frozenset(
+    {
+        "/epmesh.v1.CommunicatorService/AttachRank",
+        "/epmesh.v1.DiscoveryService/WatchViews",
+        "/epmesh.v1.MembershipService/NodeSession",
+        "/epmesh.v1.RankService/RankSession",
+        "/grpc.health.v1.Health/Check",  # for tools that are not ours, and answered at once
+        "/grpc.health.v1.Health/Watch",
+    }
+)
+
+
 def make_server(options: Sequence[tuple[str, int]], tls: TlsFiles | None, access: Access) -> grpc.aio.Server:
-    """A server for a TCP port; with `tls` every call is checked against `access`."""
-    return grpc.aio.server(options=options, interceptors=[_Gate(access)] if tls is not None else [])
+    """A server for a TCP port: calls need a deadline, but for those that tell of something for as long as they are
+    open; with `tls` each is checked against `access`, too."""
+    gate = _Gate(access if tls is not None else None)
+    return grpc.aio.server(options=(*options, *_BOUNDS), interceptors=[gate], maximum_concurrent_rpcs=MAX_CALLS)
 
 
 def add_port(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
@@ -104,9 +129,9 @@ class _Configurations:
 
 
 class _Gate(grpc.aio.ServerInterceptor):
-    """Lets a call through to its handler if the caller's certificate may make it."""
+    """Lets a call through to its handler if it has the deadline it needs, and the caller's certificate may make it."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access | None) -> None:
         self._access = access
         self._gated: dict[str, _Handler] = {}
 
@@ -134,7 +159,11 @@ class _Gate(grpc.aio.ServerInterceptor):
 
         async def check(context: Context) -> None:
             try:
-                authorize(self._access, method, caller_of(context) or ())
+                if self._access is not None:
+                    authorize(self._access, method, caller_of(context) or ())
+                _check_deadline(method, context)
+            except InvalidRequest as error:
+                await abort(context, error)
             except Unauthenticated as error:
                 _log.warning("access.refused: %s: %s", context.peer(), error)
                 await abort(context, error)
@@ -157,6 +186,12 @@ class _Gate(grpc.aio.ServerInterceptor):
             gated = call
         make = getattr(grpc, f"{name}_rpc_method_handler")
         return cast("_Handler", make(gated, handler.request_deserializer, handler.response_serializer))
+
+
+def _check_deadline(method: str, context: Context) -> None:
+    remaining = cast("float | None", context.time_remaining())  # the stubs do not know of calls without a deadline
+    if remaining is None and method not in _ENDLESS:
+        raise InvalidRequest(f"{method} needs a deadline; give the call a timeout")
 
 
 def _configuration(contents: TlsContents) -> grpc.ServerCertificateConfiguration:

@@ -292,11 +292,11 @@ def test_a_refusal_comes_out_typed(tmp_path: Path) -> None:
     async def test(running: Running) -> None:
         (a,) = await joined(running.address, 1)
         with pytest.raises(InvalidRequest, match="rank 77 is not in the mesh"):
-            await typed(a.client.groups.CreateGroup(groups.CreateGroupRequest(name="g", ranks=[77])))
+            await typed(a.client.groups.CreateGroup(groups.CreateGroupRequest(name="g", ranks=[77]), timeout=20))
         bad = view_pb2.Placement(num_experts=2)
         bad.holders.add(rank=0, experts=[5])
         with pytest.raises(InvalidRequest, match="expert 5"):
-            await typed(a.client.groups.SetExpertPlacement(groups.SetExpertPlacementRequest(placement=bad)))
+            await typed(a.client.groups.SetExpertPlacement(groups.SetExpertPlacementRequest(placement=bad), timeout=20))
 
     run(tmp_path, test)
 
@@ -465,7 +465,9 @@ def test_a_restart_goes_on_where_the_log_ends(tmp_path: Path) -> None:
         node.open(epoch=1)
         node.report(rank(0), rank(1))
         serving = asyncio.create_task(node.serve())
-        answer = await typed(node.client.groups.CreateGroup(groups.CreateGroupRequest(name="g", ranks=[1, 0])))
+        answer = await typed(
+            node.client.groups.CreateGroup(groups.CreateGroupRequest(name="g", ranks=[1, 0]), timeout=20)
+        )
         assert answer.epoch == 2
         assert (await node.client.view()).membership_epoch == 1
         serving.cancel()
@@ -495,7 +497,7 @@ def test_stopping_ends_everything_within_a_second_and_tells_everybody(
         watch = node.client.discovery.WatchViews(discovery.WatchViewsRequest())
         await watch.read()
         pending = asyncio.create_task(
-            typed(node.client.groups.CreateGroup(groups.CreateGroupRequest(name="g", ranks=[0])))
+            typed(node.client.groups.CreateGroup(groups.CreateGroupRequest(name="g", ranks=[0]), timeout=20))
         )
         assert (await node.hear()).prepare.epoch == 2  # and it is never answered
         began = time.monotonic()

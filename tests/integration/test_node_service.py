@@ -210,13 +210,13 @@ async def test_the_store_is_shared_by_the_nodes_ranks_and_dropped_with_the_membe
 async def test_views_are_watched_at_the_node() -> None:
     async with mesh() as m, grpc.aio.insecure_channel(m.node.address) as channel:
         stub = discovery_service_pb2_grpc.DiscoveryServiceStub(channel)
-        assert (await stub.GetView(discovery_service_pb2.GetViewRequest())).view.epoch == 0
+        assert (await stub.GetView(discovery_service_pb2.GetViewRequest(), timeout=10)).view.epoch == 0
         watch = stub.WatchViews(discovery_service_pb2.WatchViewsRequest())
         await m.session.commit(m.session.make_view(1))
         assert (await soon(watch.read())).view.epoch == 1
         await m.session.commit(m.session.make_view(4))
         assert (await soon(watch.read())).view.epoch == 4
-        assert (await stub.GetView(discovery_service_pb2.GetViewRequest())).view.epoch == 4
+        assert (await stub.GetView(discovery_service_pb2.GetViewRequest(), timeout=10)).view.epoch == 4
         watch.cancel()
 
 
@@ -224,12 +224,12 @@ async def test_views_are_watched_at_the_node() -> None:
 async def test_groups_are_known_here_and_changed_at_the_coordinator() -> None:
     async with mesh() as m, grpc.aio.insecure_channel(m.node.address) as channel:
         stub = group_service_pb2_grpc.GroupServiceStub(channel)
-        assert not (await stub.ListGroups(group_service_pb2.ListGroupsRequest())).groups
+        assert not (await stub.ListGroups(group_service_pb2.ListGroupsRequest(), timeout=10)).groups
         await m.session.commit(m.session.make_view(1))
-        known = await stub.ListGroups(group_service_pb2.ListGroupsRequest())
+        known = await stub.ListGroups(group_service_pb2.ListGroupsRequest(), timeout=10)
         assert [group.name for group in known.groups] == ["world", "ep"]
         # The fake has no GroupService: its refusal comes through typed.
-        await typed(stub.CreateGroup(group_service_pb2.CreateGroupRequest(name="pair")), InvalidRequest)
+        await typed(stub.CreateGroup(group_service_pb2.CreateGroupRequest(name="pair"), timeout=20), InvalidRequest)
 
 
 @on_event_loop

@@ -44,12 +44,12 @@ class Caller:
         self.token = (await soon(self._session.read())).token
 
     async def detach(self) -> None:
-        await soon(self.stub.DetachRank(pb.DetachRankRequest(rank=0, token=self.token)))
+        await soon(self.stub.DetachRank(pb.DetachRankRequest(rank=0, token=self.token), timeout=20))
 
     async def announce(self, num_bytes: int = ANNOUNCED, data: bytes = b"") -> Any:
         """A call whose header is there and has its share of the budget."""
         header = pb.CallHeader(rank=0, token=self.token, group="ep", tensors=[tensor_meta("uint8", (num_bytes,))])
-        call: Any = self.stub.AllReduce()
+        call: Any = self.stub.AllReduce(timeout=60)
         await soon(
             call.write(pb.AllReduceRequest(call=header, arguments=front_pb2.AllReduceArguments(), data=data)),
         )
@@ -107,7 +107,7 @@ async def test_a_call_that_sends_no_more_is_ended_and_its_bytes_come_back(monkey
 @on_event_loop
 async def test_a_call_that_says_nothing_at_all_or_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     async with caller(monkeypatch, SHORT_S) as driver:
-        silent: Any = driver.stub.AllReduce()
+        silent: Any = driver.stub.AllReduce(timeout=60)
         assert "its first message did not come" in await refused(silent, DeadlineExceeded)
         whole = await driver.announce(9, bytes(9))
         assert "its requests did not end" in await refused(whole, DeadlineExceeded)

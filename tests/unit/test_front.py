@@ -21,7 +21,7 @@ from epmesh.errors import StaleEpoch
 from epmesh.frames import tensor_meta
 from epmesh.front import FrontClient, FrontPeer
 from epmesh.v1 import front_pb2
-from epmesh_server.ranks.front import _REQUESTS_A_TURN, Front, Incoming
+from epmesh_server.ranks.front import _REQUESTS_A_TURN, UNREAD_PART, Front, Incoming
 from tests.processes import eventually
 
 MESH, RANK, INCARNATION = "mesh-1", 3, 7
@@ -146,9 +146,9 @@ def test_answers_leave_while_requests_go_on_coming(
     count = 3 * _REQUESTS_A_TURN
     send = front._send
 
-    def sent(sender: bytes, frames: list[Any]) -> None:
+    def sent(sender: bytes, frames: list[Any]) -> list[zmq.Frame]:
         events.append("out")
-        send(sender, frames)
+        return send(sender, frames)
 
     def handle(incoming: Incoming) -> None:
         events.append("in")
@@ -364,3 +364,88 @@ def test_nothing_is_left_of_a_client_or_of_one_that_is_forgotten(front: Front) -
 
 def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+class Deaf:
+    """A client that asks and never reads an answer."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 1)
+        self._socket.setsockopt(zmq.RCVBUF, 4096)
+        self._socket.connect(front.endpoint)
+        self._number = 0
+
+    def ask(self) -> None:
+        self._number += 1
+        request = rows(b"")
+        request.mesh_id, request.rank, request.incarnation = MESH, RANK, INCARNATION
+        request.request_id, request.deadline_ms = self._number, 60_000
+        self._socket.send_multipart([request.SerializeToString(), b""])
+
+    def close(self) -> None:
+        self._context.destroy(0)
+
+
+@pytest.fixture
+def long_answers() -> Iterator[Front]:
+    """A front with a budget of 512 MiB, whose answers have one."""
+    made = Front("127.0.0.1", budget_bytes=512 << 20)
+    made.identify(MESH, RANK, INCARNATION)
+    answer = bytes(1 << 20)
+    meta = tensor_meta("uint8", (len(answer),))
+    made.handle(lambda incoming: incoming.answer(front_pb2.FrontResponse(tensors=[meta]), [answer]))
+    yield made
+    made.close()
+
+
+def test_answers_that_nobody_reads_count_until_their_client_is_refused_and_others_go_on(
+    long_answers: Front, client: FrontClient
+) -> None:
+    deaf = Deaf(long_answers)
+    try:
+        while not long_answers.refused:
+            deaf.ask()
+        most = (512 // UNREAD_PART + _REQUESTS_A_TURN + 1) << 20  # what was taken in at once is answered, too
+        assert long_answers.open_bytes <= most
+        for _ in range(50):
+            deaf.ask()
+            assert len(client.call(peer(long_answers), rows(b""), [b""], timeout_s=5).result(5).tensors[0]) == 1 << 20
+        assert eventually(lambda: long_answers.open_bytes <= most)
+    finally:
+        deaf.close()
+    assert eventually(lambda: long_answers.open_bytes == 0)
+
+
+def test_whoever_reads_nothing_is_cut_off_and_what_was_kept_for_him_is_let_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("epmesh_server.ranks.front.UNREAD_S", 1.0)
+    front = Front("127.0.0.1", budget_bytes=64 << 20)
+    front.identify(MESH, RANK, INCARNATION)
+    answer = bytes(1 << 20)
+    front.handle(lambda incoming: incoming.answer(front_pb2.FrontResponse(), [answer]))
+    deaf = Deaf(front)
+    try:
+        while not front.refused:
+            deaf.ask()
+        assert eventually(lambda: front.open_bytes == 0)
+    finally:
+        deaf.close()
+        front.close()
+
+
+def test_small_answers_that_nobody_reads_are_dropped_beyond_a_number(long_answers: Front, client: FrontClient) -> None:
+    front = long_answers
+    front.handle(lambda incoming: incoming.answer(front_pb2.FrontResponse(), [bytes(8000)]))
+    deaf = Deaf(front)
+    try:
+        while not front.unread:
+            deaf.ask()
+        front.handle(echo)
+        client.call(peer(front), rows(b"a"), [b"a"], timeout_s=5).result(5)
+    finally:
+        deaf.close()

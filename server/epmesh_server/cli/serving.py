@@ -23,6 +23,7 @@ from epmesh_server.hosted.options import HostedRanks
 from epmesh_server.hosted.supervisor import HostedSupervisor, prepare_hosting
 from epmesh_server.node import NodeSettings, run_node
 from epmesh_server.node.registration import Registration
+from epmesh_server.open_files import allow_open_files
 
 _log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -85,6 +86,7 @@ def serve(settings: NodeSettings, beside: CoordinatorOptions | None, hosted: Hos
     if beside is not None and beside.port == 0:
         raise InvalidRequest("--coordinator-port is 0, and other nodes could not know it; choose a port")
     _log_local_errors(settings, beside, hosted)
+    allow_open_files()
     if hosted is not None:
         prepare_hosting()
     asyncio.run(_until_signal(lambda signals: _serve(settings, beside, hosted, signals)))
@@ -100,6 +102,7 @@ def coordinate(options: CoordinatorOptions, supervisor: int | None) -> None:
 
     if supervisor is not None:
         die_with_parent(supervisor)
+    allow_open_files()
     stride: dict[str, Any] = {} if options.stride is None else {"stride": options.stride}
     settings = CoordinatorSettings(
         host=options.host,

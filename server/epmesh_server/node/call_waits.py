@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import grpc
 
+from epmesh.communicator_methods import Assembly
 from epmesh.errors import DeadlineExceeded, Unauthenticated
 from epmesh_server.node.drivers import Driver, lost
 from epmesh_server.node.rpc import seconds_left
@@ -81,3 +82,15 @@ class CallWaits:
             raise lost(driver)
         if driver is not None and driver.detached.is_set():
             raise Unauthenticated(f"{self._name}: {missing()} before its driver gave the rank back; attach again")
+
+
+async def gather(assembly: Assembly, requests: AsyncIterator[Any], waits: CallWaits) -> None:
+    """Takes in the messages after the first."""
+
+    def missing() -> str:
+        rest = assembly.num_missing
+        return f"{rest} of {assembly.num_bytes} bytes of tensors did not come" if rest else "its requests did not end"
+
+    waits.begin(assembly.num_bytes)
+    while (message := await waits.until(anext(requests, None), missing)) is not None:
+        assembly.add(message.data)

@@ -20,7 +20,7 @@ from epmesh.grpc_errors import abort
 from epmesh.v1 import communicator_service_pb2 as wire
 from epmesh.v1 import front_pb2
 from epmesh_server.node.call_budget import CallBudget
-from epmesh_server.node.call_waits import DEFAULT_IDLE_S, CallWaits
+from epmesh_server.node.call_waits import DEFAULT_IDLE_S, CallWaits, gather
 from epmesh_server.node.drivers import Driver, Drivers, lost
 from epmesh_server.node.front_caller import FrontCaller
 from epmesh_server.node.registration import Enrolment
@@ -142,7 +142,7 @@ class CommunicatorService:
         with waits.driven_by(driver):
             with self._budget.holding(assembly.num_bytes, driver.entry.rank):
                 assembly.add(first.data)
-                await _gather(assembly, requests, waits)
+                await gather(assembly, requests, waits)
                 reply = await self._forward(driver, _request(method, first, assembly), assembly.tensors(), context)
             await _write(method, reply, context, waits)
 
@@ -168,18 +168,6 @@ class CommunicatorService:
         finally:
             answer.cancel()
             ended.cancel()
-
-
-async def _gather(assembly: Assembly, requests: AsyncIterator[Any], waits: CallWaits) -> None:
-    """Takes in the messages after the first."""
-
-    def missing() -> str:
-        rest = assembly.num_missing
-        return f"{rest} of {assembly.num_bytes} bytes of tensors did not come" if rest else "its requests did not end"
-
-    waits.begin(assembly.num_bytes)
-    while (message := await waits.until(anext(requests, None), missing)) is not None:
-        assembly.add(message.data)
 
 
 async def _write(method: Method, reply: FrontReply, context: _Context, waits: CallWaits) -> None:

@@ -19,13 +19,14 @@ from epmesh.v1 import front_pb2, router_service_pb2_grpc
 from epmesh.v1 import router_service_pb2 as wire
 from epmesh.view import RankMode, View
 from epmesh_server.node.call_budget import CallBudget
+from epmesh_server.node.call_waits import DEFAULT_IDLE_S, CallWaits, gather
 from epmesh_server.node.front_caller import FrontCaller, front_peer
 from epmesh_server.node.rpc import client_of, seconds_left
 from epmesh_server.node.views import ViewBoard
 
 CHUNK_BYTES = 2 << 20
 DEFAULT_BUDGET_BYTES = 1 << 30
-MAX_CALL_S = 60.0
+MAX_CALL_S = 3600.0
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -55,13 +56,21 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
     """RouterService of one node."""
 
     def __init__(
-        self, board: ViewBoard, slot: Callable[[], int | None], caller: FrontCaller, budget: CallBudget | None = None
+        self,
+        board: ViewBoard,
+        slot: Callable[[], int | None],
+        caller: FrontCaller,
+        budget: CallBudget | None = None,
+        *,
+        idle_s: float = DEFAULT_IDLE_S,
     ) -> None:
         """See the class.
 
         Args:
             slot: of this node, once it has one.
+            idle_s: how long a router may take to send, or to read, its next message; beyond, `DeadlineExceeded`.
         """
+        self._idle_s = idle_s
         self._board = board
         self._slot = slot
         self._caller = caller
@@ -87,7 +96,8 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
             await abort(context, exc)
 
     async def _forward(self, requests: AsyncIterator[wire.ForwardRowsRequest], context: _Context) -> None:
-        first = await anext(requests, None)
+        waits = CallWaits("ForwardRows", context, self._idle_s)
+        first = await waits.until(anext(requests, None), lambda: "its first message did not come")
         if first is None:
             raise InvalidRequest("ForwardRows needs a message that says what the rows are")
         assembly = Assembly(first.tensors, self._budget.most)
@@ -95,8 +105,7 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
         client = client_of(context)
         with self._budget.holding(assembly.num_bytes, client), self._turns.turn(ranks, assembly.num_bytes) as rank:
             assembly.add(first.data)
-            async for request in requests:
-                assembly.add(request.data)
+            await gather(assembly, requests, waits)
             tensors = assembly.tensors()
             peer = front_peer(view, rank)
             assert peer is not None
@@ -106,7 +115,7 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
             reply = await self._caller.call(
                 view.mesh_id, peer, _front_request(first, client), tensors, timeout_s=left_s
             )
-            await _send(reply, context)
+            await _send(reply, context, waits)
 
     def _serving(self, first: wire.ForwardRowsRequest) -> tuple[View, list[int]]:
         """The newest view, and those of the request's ranks that serve on this node by it.
@@ -138,12 +147,18 @@ def _front_request(first: wire.ForwardRowsRequest, client: str) -> front_pb2.Fro
     return front_pb2.FrontRequest(serve_rows=rows, tensors=first.tensors)
 
 
-async def _send(reply: FrontReply, context: _Context) -> None:
+async def _send(reply: FrontReply, context: _Context, waits: CallWaits) -> None:
+    size = sum(map(len, reply.tensors))
+    waits.begin(size)
+
+    async def write(response: wire.ForwardRowsResponse) -> None:
+        await waits.until(context.write(response), lambda: f"its sums of {size} bytes were not read")
+
     response = wire.ForwardRowsResponse(tensors=reply.response.tensors)
     for tensor in reply.tensors:
         for start in range(0, len(tensor), CHUNK_BYTES):
             response.data = bytes(tensor[start : start + CHUNK_BYTES])
-            await context.write(response)
+            await write(response)
             response = wire.ForwardRowsResponse()
     if response.tensors:  # no bytes at all
-        await context.write(response)
+        await write(response)

@@ -1,7 +1,8 @@
 """A rank's front: where routers, neighbours that serve with it, and its driver send requests.
 
 One ROUTER and one thread, which checks what comes in, hands it to a handler, and sends answers; it never waits for the
-handler's work. What was taken in and not answered yet is bounded in bytes and in number, in all and for each client.
+handler's work. What was taken in and not answered yet is bounded in bytes and in number, in all and for each client;
+answers that were not read yet count, too. Who reads nothing for `UNREAD_S` is cut off by the kernel.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import queue
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 import zmq
@@ -30,6 +32,11 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_BUDGET_BYTES = 1 << 30
 MAX_OPEN_REQUESTS = 65_536
+UNREAD_S = 10.0
+UNREAD_PART = 8  # beyond an eighth of the budget in unread answers a client is refused until it has read some
+UNREAD_ANSWERS = 1024  # that wait for one connection; small ones are bounded by this alone
+_SMALL_BYTES = 1 << 14  # frames of fewer are copied, and ZeroMQ does not tell when they have left
+_LOOK_MS = 20  # how often it is looked whether answers have left
 _RETRY_AFTER_S = 0.05
 _MAX_DEADLINE_S = 3600.0
 _REQUESTS_A_TURN = (
@@ -99,8 +106,34 @@ class Incoming:
 Handler = Callable[[Incoming], None]
 
 
+class _Answer:
+    """What goes back over one connection."""
+
+    def __init__(self, sender: bytes, client: str, frames: list[Buffer]) -> None:
+        self.sender = sender
+        self.client = client
+        self.frames: list[Buffer] = frames
+        self.num_bytes = sum(memoryview(frame).nbytes for frame in frames[1:])
+        self._trackers: list[zmq.MessageTracker] = []
+
+    def leave(self, frames: Sequence[zmq.Frame]) -> None:
+        """ZeroMQ has `frames` now, and tells when it needs them no more."""
+        self.frames = []
+        self._trackers = [frame.tracker for frame in frames if frame.tracker is not None]
+
+    @property
+    def left(self) -> bool:
+        """Whether the kernel has it, or it was dropped."""
+        return all(tracker.done for tracker in self._trackers)
+
+
 class Front:
-    """The endpoint of one rank. `identify` and `handle` before anybody is told of it."""
+    """The endpoint of one rank. `identify` and `handle` before anybody is told of it.
+
+    Attributes:
+        refused: requests that the front itself refused.
+        unread: answers that were dropped because too many waited for their connection.
+    """
 
     def __init__(
         self,
@@ -118,7 +151,7 @@ class Front:
             on_request: the handler; see `handle`.
             door: encrypts connections and admits known keys alone; `None`: everybody, in the clear.
         """
-        self.refused = 0
+        self.refused = self.unread = 0
         self._door = door
         self._handler: Handler = on_request or _not_ready
         self._who: tuple[str, int, int] | None = None
@@ -126,13 +159,18 @@ class Front:
         self._open: dict[_Key, Incoming] = {}
         self._bytes = FairBudget(budget_bytes)
         self._places = FairBudget(MAX_OPEN_REQUESTS)
+        self._unread_bytes: Counter[str] = Counter()  # by client; the thread's alone
         self._closing = False
-        self._answers: queue.SimpleQueue[tuple[bytes, list[Buffer]] | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[_Answer | None] = queue.SimpleQueue()
+        self._leaving: dict[bytes, deque[_Answer]] = {}  # by connection; the thread's alone
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._router = self._context.socket(zmq.ROUTER)
         configure_front_socket(self._router)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._router.setsockopt(zmq.SNDHWM, UNREAD_ANSWERS)
+        self._router.setsockopt(zmq.TCP_MAXRT, int(UNREAD_S * 1000))
+        self._router.copy_threshold = _SMALL_BYTES
         if door is not None:
             door.guard(self._context, self._router, Domain.FRONT)
         self._router.bind(f"tcp://{host}:0")
@@ -147,7 +185,7 @@ class Front:
 
     @property
     def open_bytes(self) -> int:
-        """Bytes of those."""
+        """Bytes of those, and of answers that were not read yet."""
         return self._bytes.held
 
     def identify(self, mesh_id: str, rank: int, incarnation: int) -> None:
@@ -181,7 +219,9 @@ class Front:
                 return
             self._bytes.release(incoming.client, incoming.num_bytes)
             self._places.release(incoming.client, 1)
-            self._answers.put((key[0], frames))
+            answer = _Answer(key[0], incoming.client, frames)
+            self._bytes.hold(answer.client, answer.num_bytes)  # it is made already
+            self._answers.put(answer)
             os.eventfd_write(self._wake_fd, 1)
 
     # The thread ------------------------------------------------------------------------------------------------
@@ -191,7 +231,8 @@ class Front:
         poller.register(self._wake_fd, zmq.POLLIN)
         poller.register(self._router, zmq.POLLIN)
         while True:
-            ready = dict(poller.poll())
+            ready = dict(poller.poll(_LOOK_MS if self._leaving else None))
+            self._let_go()
             if self._wake_fd in ready and not self._send_answers():
                 return
             if self._router in ready:
@@ -205,12 +246,38 @@ class Front:
             answer = self._answers.get_nowait()
             if answer is None:
                 return False
-            self._send(*answer)
+            answer.leave(self._send(answer.sender, answer.frames))
+            self._unread_bytes[answer.client] += answer.num_bytes
+            self._leaving.setdefault(answer.sender, deque()).append(answer)
+        self._let_go()
         return True
 
-    def _send(self, sender: bytes, frames: list[Buffer]) -> None:
-        with contextlib.suppress(zmq.ZMQError):  # the sender is gone
-            self._router.send_multipart([sender, *frames], flags=zmq.NOBLOCK, copy=False)
+    def _let_go(self) -> None:
+        """Gives back the bytes of answers that have left."""
+        for sender, answers in list(self._leaving.items()):
+            while answers and answers[0].left:
+                answer = answers.popleft()
+                self._unread_bytes[answer.client] -= answer.num_bytes
+                if not self._unread_bytes[answer.client]:
+                    del self._unread_bytes[answer.client]
+                with self._lock:
+                    self._bytes.release(answer.client, answer.num_bytes)
+            if not answers:
+                del self._leaving[sender]
+
+    def _send(self, sender: bytes, frames: Sequence[Buffer]) -> list[zmq.Frame]:
+        """Hands a message to ZeroMQ, which does not wait; frames that it needs for longer."""
+        made = [zmq.Frame(frame, track=True, copy=False, copy_threshold=_SMALL_BYTES) for frame in frames]
+        try:
+            self._router.send_multipart([sender, *made], flags=zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            self.unread += 1
+            if self.unread & (self.unread - 1) == 0:  # the first, the second, the fourth ...
+                _log.warning("rank=%s front.unread: %d answers dropped, nobody reads them", self._name, self.unread)
+            return []
+        except zmq.ZMQError:
+            return []  # the sender is gone
+        return made
 
     def _receive(self) -> None:
         """Takes in what is there, as far as one turn goes: under a flood answers would otherwise never leave."""
@@ -223,7 +290,7 @@ class Front:
                 self._take_in(sender, [frame.buffer for frame in frames])
             except InvalidRequest as exc:
                 self.refused += 1
-                _log.warning("rank=%s front.refused: %s", self._who[1] if self._who else "?", exc)
+                _log.warning("rank=%s front.refused: %s", self._name, exc)
 
     def _take_in(self, route: zmq.Frame, frames: list[Buffer]) -> None:
         request, sender = _parse(frames), route.bytes
@@ -253,6 +320,10 @@ class Front:
             _log.exception("rank=%d front.failed", request.rank)
             incoming.refuse(EpmeshError(f"rank {request.rank} failed: {type(exc).__name__}: {exc}"))
 
+    @property
+    def _name(self) -> str:
+        return str(self._who[1]) if self._who else "?"
+
     def _check(self, request: front_pb2.FrontRequest) -> None:
         if self._who is None:
             raise NotReady("this rank is not in a mesh yet")
@@ -269,6 +340,9 @@ class Front:
                 raise MeshUnavailable("the rank is leaving")
             if key in self._open:
                 raise InvalidRequest(f"request {key[1]} is open already; number requests anew")
+            unread = self._unread_bytes.get(incoming.client, 0)
+            if unread > self._bytes.limit // UNREAD_PART:
+                raise Overloaded(_RETRY_AFTER_S, f"{unread} bytes of answers wait to be read; read them first")
             if not self._places.fits(incoming.client, 1) or not self._bytes.fits(incoming.client, incoming.num_bytes):
                 raise self._overloaded(incoming)
             self._open[key] = incoming

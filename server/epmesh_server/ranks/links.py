@@ -31,6 +31,7 @@ from epmesh_server.ranks.link_window import MAX_RANGES, Question, Range, Receive
 _log = logging.getLogger(__name__)
 
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 200, 600
+HANDSHAKE_MS = 5000  # who connects and does not shake hands is cut off; ZeroMQ's own is 30 s
 RECONNECT_MS, RECONNECT_MAX_MS = 25, 100  # several attempts within the watcher's grace
 HOLE_PATIENCE_S = 5.0  # how long a missing message is waited for; a sender asks at once after a reconnect
 _FOLLOWER_POLL_MS = 5
@@ -420,6 +421,7 @@ def _configure(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_INBOX_BYTES)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
