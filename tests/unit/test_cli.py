@@ -49,12 +49,6 @@ VIEW = View(
 
 
 @pytest.fixture(autouse=True)
-def test_variables_that_kubernetes_makes_of_a_services_name_are_no_options() -> None:
-    environment = {"EPMESH_PORT": "tcp://10.96.0.7:7400", "EPMESH_COORDINATOR_PORT": "7411", "PATH": "/bin"}
-    assert take_service_links(environment) == {"EPMESH_PORT": "tcp://10.96.0.7:7400"}
-    assert environment == {"EPMESH_COORDINATOR_PORT": "7411", "PATH": "/bin"}
-
-
 def _logging_as_it_was() -> Iterator[None]:
     root = logging.getLogger()
     before = root.handlers[:], root.level
@@ -68,6 +62,12 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[NodeSettings, Coordina
     calls: list[tuple[NodeSettings, CoordinatorOptions | None]] = []
     monkeypatch.setattr(serving, "serve", lambda settings, beside, hosted: calls.append((settings, beside)))
     return calls
+
+
+def test_variables_that_kubernetes_makes_of_a_services_name_are_no_options() -> None:
+    environment = {"EPMESH_PORT": "tcp://10.96.0.7:7400", "EPMESH_COORDINATOR_PORT": "7411", "PATH": "/bin"}
+    assert take_service_links(environment) == {"EPMESH_PORT": "tcp://10.96.0.7:7400"}
+    assert environment == {"EPMESH_COORDINATOR_PORT": "7411", "PATH": "/bin"}
 
 
 def invoke(*arguments: str, **environment: str) -> Any:
