@@ -52,9 +52,28 @@ def test_health_says_ready_by_its_exit_code(shell: Shell) -> None:
     for address in (shell.address, shell.coordinator):
         asked = shell.run("health", address)
         assert (asked.process.returncode, asked.output.strip()) == (0, "ready")
-    nobody = shell.run("health", f"{shell.host}:1")
-    assert nobody.process.returncode == 1
-    assert "MeshUnavailable" in nobody.output
+    for options in ((), ("--alive",)):
+        nobody = shell.run("health", *options, f"{shell.host}:1")
+        assert nobody.process.returncode == 1
+        assert "MeshUnavailable" in nobody.output
+
+
+def test_a_node_that_waits_for_its_coordinator_is_alive_and_not_ready(shell: Shell) -> None:
+    shell.start("serve", "--coordinator", f"{shell.host}:1").line("coordinator is away")
+    alive, ready = shell.run("health", "--alive"), shell.run("health")
+    assert (alive.process.returncode, alive.output.strip()) == (0, "alive")
+    assert (ready.process.returncode, "NotReady" in ready.output) == (1, True)
+
+
+def test_a_node_that_stands_still_is_not_alive(shell: Shell) -> None:
+    node = shell.serve()
+    node.process.send_signal(signal.SIGSTOP)
+    try:
+        asked = shell.run("health", "--alive")
+    finally:
+        node.process.send_signal(signal.SIGCONT)
+    assert asked.process.returncode == 1
+    assert re.search("MeshUnavailable|DeadlineExceeded", asked.output)  # by how far gRPC came with it
 
 
 @on_event_loop

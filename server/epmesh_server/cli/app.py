@@ -565,12 +565,15 @@ def health(
             show_default="no TLS",
         ),
     ] = None,
+    alive: Annotated[
+        bool, typer.Option("--alive", help="Only whether it answers: what is not ready need not be started anew.")
+    ] = False,
 ) -> None:
-    """Say whether a service is ready, by its exit code: for health checks of containers."""
+    """Say whether a service is ready, by its exit code: for health checks of containers and pods."""
     from epmesh_server.cli import health as health_command
 
-    health_command.check(address, tls_files(tls_dir))
-    print("ready")
+    (health_command.check_alive if alive else health_command.check)(address, tls_files(tls_dir))
+    print("alive" if alive else "ready")
 
 
 @app.command()

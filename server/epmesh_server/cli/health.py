@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import grpc
@@ -9,12 +10,24 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from epmesh.addresses import split_address
 from epmesh.channels import open_channel
-from epmesh.errors import NotReady, from_rpc_error
+from epmesh.errors import NotReady, Unauthenticated, from_rpc_error
 from epmesh.tls import TlsFiles
 from epmesh.tls_refusals import explained
 
 _TIMEOUT_S = 2.0
 _Response = health_pb2.HealthCheckResponse
+
+
+def check_alive(address: str, tls: TlsFiles | None) -> None:
+    """Returns where something answers at `address`, ready or not: what starting it anew could not better.
+
+    Raises:
+        InvalidRequest: `address` is no host:port.
+        MeshUnavailable: nobody answers there, or what listens there stands still.
+        DeadlineExceeded: it takes connections and answers no call.
+    """
+    with contextlib.suppress(NotReady, Unauthenticated):
+        check(address, tls)
 
 
 def check(address: str, tls: TlsFiles | None) -> None:
@@ -23,7 +36,8 @@ def check(address: str, tls: TlsFiles | None) -> None:
     Raises:
         InvalidRequest: `address` is no host:port.
         NotReady: it answers, and is not ready yet.
-        MeshUnavailable: nobody answers there.
+        MeshUnavailable: nobody answers there, or what listens there stands still.
+        DeadlineExceeded: it takes connections and answers no call.
         Unauthenticated: it wants another certificate, or one at all.
     """
     split_address(address, "address")
