@@ -75,11 +75,12 @@ def code_of(text: str) -> str:
 
 
 def options_by_command() -> dict[str, set[str]]:
-    group = typer.main.get_group(app)
-    return {
-        name: {"--help", *(flag for param in command.params for flag in param.opts)}
-        for name, command in group.commands.items()
-    }
+    """Of a command with commands of its own, such as certs: those of all of them."""
+    found = {}
+    for name, command in typer.main.get_group(app).commands.items():
+        commands = [command, *getattr(command, "commands", {}).values()]
+        found[name] = {"--help", *(flag for one in commands for param in one.params for flag in param.opts)}
+    return found
 
 
 def test_options_named_alone_exist_too() -> None:
