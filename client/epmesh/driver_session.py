@@ -21,6 +21,7 @@ from epmesh.addresses import split_address
 from epmesh.channels import NodeAddress, open_channel
 from epmesh.driver_memory import DriverMemory
 from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, NotReady
+from epmesh.local_sockets import why_not_ours
 from epmesh.tls import TlsFiles, node_name
 from epmesh.tls_refusals import explained
 from epmesh.v1 import (
@@ -158,8 +159,9 @@ class DriverSession:
             MeshUnavailable: the node's descriptor socket is not to be had here: another host, most likely.
         """
         path = self.granted.descriptor_socket
-        if not path or not Path(path).exists():
-            raise MeshUnavailable(f"{path} is not on this host: the rank is on another one")
+        problem = why_not_ours(path)
+        if problem is not None:
+            raise MeshUnavailable(f"no memory is shared with the rank: {problem}")
         request = rank_service_pb2.DescriptorRequest(
             token=self.granted.token, driver_buffers=rank_service_pb2.DriverBuffers()
         )

@@ -104,7 +104,7 @@ class Authority:
         )
         _make_directory(directory)
         if not replace:
-            _refuse_existing(directory / KEY_NAME)
+            _refuse_existing(directory / KEY_NAME, "`epmesh certs add --replace` rotates it")
         _write(directory / KEY_NAME, _private_pem(private_key), secret=True, replace=replace)
         _write(directory / CERTIFICATE_NAME, certificate.public_bytes(serialization.Encoding.PEM), replace=replace)
         authority = self.certificate.public_bytes(serialization.Encoding.PEM)
@@ -188,9 +188,9 @@ def _make_directory(directory: Path) -> None:
         raise InvalidRequest(f"cannot make {directory}: {exc.strerror}") from exc
 
 
-def _refuse_existing(path: Path) -> None:
+def _refuse_existing(path: Path, mend: str = "choose another directory, or remove it first") -> None:
     if path.exists():
-        raise InvalidRequest(f"{path} is there already; choose another directory, or remove it first")
+        raise InvalidRequest(f"{path} is there already; {mend}")
 
 
 def _write(path: Path, data: bytes, *, secret: bool = False, replace: bool = False) -> None:

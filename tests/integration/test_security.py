@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import shutil
+import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,12 +41,13 @@ from epmesh_server.access import Identity, Role
 from epmesh_server.certificates import Authority
 from epmesh_server.coordinator import CoordinatorSettings
 from epmesh_server.node import NodeSettings
+from epmesh_server.node.runtime_dir import DESCRIPTOR_SOCKET, GRPC_SOCKET
 from tests.integration.node_under_test import node_service
 from tests.integration.raw_node import coordinator
 from tests.integration.security_matrix import record
 from tests.integration.waiting import on_event_loop, soon
 
-GRPC, FILES, START = "gRPC", "files", "start"
+GRPC, FILES, START, UNIX = "gRPC", "files", "start", "unix socket"
 TIMEOUT_S = 5.0
 ROUTER, DRIVER, OBSERVER = (Identity(role, "x") for role in (Role.ROUTER, Role.DRIVER, Role.OBSERVER))
 NODE, STRANGER = Identity(Role.NODE, "node-0"), Identity(Role.NODE, "stranger")
@@ -360,6 +365,64 @@ def test_ranks_are_opened_over_the_unix_socket_alone(mesh: LocalMesh, issue: Iss
         Unauthenticated,
         "nobody over this port",
     )
+
+
+# Unix sockets ----------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_joins_over_a_socket_that_is_its_users_alone(mesh: LocalMesh) -> None:
+    directory = runtime_directory_of(mesh, mesh.addresses[1])
+
+    def join() -> None:
+        epmesh.join(f"unix:{directory / GRPC_SOCKET}", timeout_s=TIMEOUT_S).destroy()
+
+    directory.chmod(0o755)
+    try:
+        expect(
+            "rank that joins over a socket which others can get at",
+            join,
+            Unauthenticated,
+            "chmod 700",
+            plane=UNIX,
+        )
+    finally:
+        directory.chmod(0o700)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be other users")
+def test_another_user_gets_at_no_socket_and_no_key(mesh: LocalMesh) -> None:
+    directory = runtime_directory_of(mesh, mesh.addresses[1])
+    for name in (GRPC_SOCKET, DESCRIPTOR_SOCKET):
+        script = "import socket, sys; socket.socket(socket.AF_UNIX, int(sys.argv[2])).connect(sys.argv[1])"
+        kind = socket.SOCK_STREAM if name == GRPC_SOCKET else socket.SOCK_SEQPACKET
+        python = shutil.which("python3", path="/usr/bin:/bin")
+        if python is None:
+            pytest.skip("no Python that other users may run")
+        command = [python, "-I", "-c", script, str(directory / name), str(int(kind))]
+        done = subprocess.run(
+            command, check=False, user=65534, group=65534, extra_groups=[], capture_output=True, text=True, cwd="/"
+        )
+        assert "PermissionError" in done.stderr
+        record(f"another user that connects to {name}", UNIX, done.stderr.strip().splitlines()[-1])
+    os.chown(directory, 65534, -1)
+    try:
+        expect(
+            "rank that joins over a socket in another user's directory",
+            lambda: epmesh.join(f"unix:{directory / GRPC_SOCKET}", timeout_s=TIMEOUT_S),
+            Unauthenticated,
+            "user 65534",
+            plane=UNIX,
+        )
+    finally:
+        os.chown(directory, os.geteuid(), -1)
+
+
+def runtime_directory_of(mesh: LocalMesh, address: str) -> Path:
+    def describe(channel: grpc.Channel) -> Any:
+        stub = rank_service_pb2_grpc.RankServiceStub(channel)
+        return stub.DescribeNode(rank_service_pb2.DescribeNodeRequest(), timeout=TIMEOUT_S)
+
+    return Path(ask(address, mesh.tls, describe).grpc_socket).parent
 
 
 # Start -----------------------------------------------------------------------------------------------------------

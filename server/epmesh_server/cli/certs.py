@@ -39,6 +39,12 @@ def init(
         f"Keep {directory / CA_KEY_NAME} away from the services: who has it can be anybody. More certificates:"
     )
     console.print(f"  epmesh certs add {directory} --node NAME")
+    console.print("Each of them goes to its own host or container, and is named there:")
+    console.print(f"  epmesh coordinator --host 0.0.0.0 --tls-dir {directory / directory_name(wanted[0])}")
+    for identity in wanted:
+        if identity.role is Role.NODE:
+            place = directory / directory_name(identity)
+            console.print(f"  epmesh serve --host 0.0.0.0 --coordinator HOST:7401 --tls-dir {place}")
 
 
 @app.command()

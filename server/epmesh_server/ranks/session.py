@@ -18,9 +18,10 @@ from pathlib import Path
 import grpc
 
 from epmesh import errors
-from epmesh.channels import open_channel
+from epmesh.channels import UNIX_PREFIX, open_channel
 from epmesh.driver_memory import DriverMemory
 from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable, Unauthenticated
+from epmesh.local_sockets import why_not_ours
 from epmesh.tls import TlsFiles
 from epmesh.tls_refusals import explained
 from epmesh.v1 import membership_service_pb2, rank_service_pb2, rank_service_pb2_grpc
@@ -40,15 +41,19 @@ def describe_node(address: str, timeout_s: float, tls: TlsFiles | None = None) -
     """Asks the node service at `address` who it is, until it is registered with its coordinator.
 
     Raises:
-        Unauthenticated: the node service refuses this process's certificate, or its own cannot be believed.
+        Unauthenticated: the node service refuses this process's certificate, or its own cannot be believed; or a unix
+            socket is not this user's alone.
         InvalidRequest: the node service has another major or minor version.
         MeshUnavailable: nobody answered, or no coordinator accepted the node, within `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
+    local = address.removeprefix(UNIX_PREFIX) if address.startswith(UNIX_PREFIX) else None
     with open_channel(address, tls=tls) as channel:
         stub = rank_service_pb2_grpc.RankServiceStub(channel)
         problem: str = "no answer"
         while (left := deadline - time.monotonic()) > 0:
+            if local is not None and os.path.lexists(local):  # it may come later
+                _check_ours(local)
             try:
                 node = stub.DescribeNode(rank_service_pb2.DescribeNodeRequest(), timeout=min(left, RPC_TIMEOUT_S))
             except grpc.RpcError as exc:
@@ -63,6 +68,12 @@ def describe_node(address: str, timeout_s: float, tls: TlsFiles | None = None) -
                 problem = f"its coordinator at {node.coordinator_address} has not accepted it"
             threading.Event().wait(min(0.05, max(left, 0)))
     raise MeshUnavailable(f"node service at {address}: {problem} within {timeout_s:g} s; is `epmesh serve` running?")
+
+
+def _check_ours(path: str) -> None:
+    problem = why_not_ours(path)
+    if problem is not None:
+        raise Unauthenticated(problem)
 
 
 class RankSession:
@@ -80,10 +91,12 @@ class RankSession:
         Raises:
             InvalidRequest: the node refused, for instance because the local rank is taken.
             MeshUnavailable: the node service is on another host, or did not answer within `timeout_s`.
+            Unauthenticated: its sockets are another user's, or others can get at them.
         """
         for path in (node.grpc_socket, node.descriptor_socket):
             if not Path(path).exists():
                 raise MeshUnavailable(f"{path} is not on this host; join through the node service of this host")
+            _check_ours(path)
         self._descriptor_path = node.descriptor_socket
         self._door = door
         self.channel = open_channel(f"unix:{node.grpc_socket}")
