@@ -73,6 +73,14 @@ def test_hosted_ranks_join_and_their_lines_are_marked(shell: Shell) -> None:
     assert re.fullmatch(r"[-0-9]+ [0-9:.]+ local rank 0 \| INFO .*\n", service.line(r"local rank 0 \|"))
 
 
+def test_a_node_is_ready_with_the_ranks_that_answer_routers(shell: Shell) -> None:
+    serve(shell, "--experts", f"{EXPERTS}:plus_id", "--num-experts", "4")
+    ranks_when(shell, lambda ranks: both(ranks) and all(info.front_endpoint for info in ranks.values()))
+    enough, more = (shell.run("health", "--ranks", number) for number in ("2", "3"))
+    assert (enough.process.returncode, enough.output.strip()) == (0, "ready")
+    assert (more.process.returncode, "2 of 3 ranks" in more.output) == (1, True)
+
+
 def test_without_experts_they_exchange_and_hold_what_they_are_told(shell: Shell) -> None:
     serve(shell, "--num-experts", "4", "--hold", "0-2;1,3")
     assert ranks_when(shell, exchanging) == {0: (0, 1, 2), 1: (1, 3)}

@@ -20,6 +20,7 @@ from epmesh.view import GroupInfo, NodeInfo, RankInfo, RankMode, View
 from epmesh_server.cli import app as app_module
 from epmesh_server.cli import main, serving, status
 from epmesh_server.cli.app import app, parse_size, take_service_links
+from epmesh_server.cli.health import ready_ranks
 from epmesh_server.cli.logs import LogLevel
 from epmesh_server.cli.serving import CoordinatorOptions, default_data_dir
 from epmesh_server.cli.tables import orphans, ranges, view_as_dict, view_as_tables
@@ -68,6 +69,10 @@ def test_variables_that_kubernetes_makes_of_a_services_name_are_no_options() -> 
     environment = {"EPMESH_PORT": "tcp://10.96.0.7:7400", "EPMESH_COORDINATOR_PORT": "7411", "PATH": "/bin"}
     assert take_service_links(environment) == {"EPMESH_PORT": "tcp://10.96.0.7:7400"}
     assert environment == {"EPMESH_COORDINATOR_PORT": "7411", "PATH": "/bin"}
+
+
+def test_a_rank_that_should_serve_and_has_no_front_yet_is_not_ready() -> None:
+    assert [ready_ranks(VIEW, incarnation) for incarnation in (1, 2, 3)] == [1, 0, 0]
 
 
 def invoke(*arguments: str, **environment: str) -> Any:

@@ -155,12 +155,12 @@ def test_probes_ask_the_port_that_the_service_listens_on(controller: dict[str, A
 
 def test_probes_run_in_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
-    monkeypatch.setattr(health, "check", lambda address, tls: asked.append((address, tls)))
+    monkeypatch.setattr(health, "check", lambda address, tls, ranks=0: asked.append((address, tls is not None, ranks)))
     node = named("StatefulSet", "epmesh-node")
     for probe in ("readinessProbe", "livenessProbe"):
         _, *command = container(node)[probe]["exec"]["command"]
         run(node, tmp_path, Identity(Role.NODE, "epmesh-node-0"), *command)
-    assert [(address, tls is not None) for address, tls in asked] == [("127.0.0.1:7400", True)] * 2
+    assert asked == [("127.0.0.1:7400", True, 2), ("127.0.0.1:7400", True, 0)]  # ready with its ranks, alive without
 
 
 def test_a_node_takes_what_its_pod_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

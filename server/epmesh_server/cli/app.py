@@ -565,6 +565,9 @@ def health(
             show_default="no TLS",
         ),
     ] = None,
+    ranks: Annotated[
+        int, typer.Option(envvar="EPMESH_RANKS", help="Of the node, that must be in the view and answer.")
+    ] = 0,
     alive: Annotated[
         bool, typer.Option("--alive", help="Only whether it answers: what is not ready need not be started anew.")
     ] = False,
@@ -572,7 +575,10 @@ def health(
     """Say whether a service is ready, by its exit code: for health checks of containers and pods."""
     from epmesh_server.cli import health as health_command
 
-    (health_command.check_alive if alive else health_command.check)(address, tls_files(tls_dir))
+    if alive:
+        health_command.check_alive(address, tls_files(tls_dir))
+    else:
+        health_command.check(address, tls_files(tls_dir), ranks)
     print("alive" if alive else "ready")
 
 
