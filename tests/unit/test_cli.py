@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from epmesh_server.cli.health import ready_ranks
 from epmesh_server.cli.logs import LogLevel
 from epmesh_server.cli.serving import CoordinatorOptions, default_data_dir
 from epmesh_server.cli.tables import orphans, ranges, view_as_dict, view_as_tables
+from epmesh_server.cli.waits import Waits
 from epmesh_server.node import NodeSettings
 
 VIEW = View(
@@ -255,6 +257,14 @@ def wide_view() -> View:
     rank = RankInfo(0, 1, "cuda:0", RankMode.SERVE, "", endpoint)
     placements: dict[int | None, Placement] = {None: Placement(400, {0: tuple(range(0, 400, 2))})}
     return View("m", 1, 1, 4, (NodeInfo(0, "node-17", 1, address, (rank,)),), (), placements)
+
+
+def test_who_is_waited_for_stands_beside_the_rank_and_nodes_that_did_not_answer_are_named() -> None:
+    console = Console(file=io.StringIO(), width=300)
+    console.print(view_as_tables(wide_view(), waits=Waits(10.0, {0: 0.374}, silent=("node-18",))))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"node-17 .* 37 % ", shown)
+    assert "did not answer for whom their ranks wait: node-18" in shown
 
 
 @pytest.mark.parametrize("width", [40, 80, 100])

@@ -18,6 +18,7 @@ from epmesh.view import NodeInfo, RankInfo, RankMode, View
 from epmesh_server.cli.waits import Waits
 
 _MAX_LAYERS_SHOWN = 4
+_MAX_NODES_NAMED = 8
 _NOTHING = "-"
 
 
@@ -72,6 +73,9 @@ def view_as_tables(
     )  # fmt: skip
     parts: list[RenderableType] = [head, _NoNarrower(_rank_table(view, waits)), _group_table(view)]
     parts += [Text(line, style="bold red") for line in _warnings(view, node)]
+    if waits is not None and waits.silent:
+        names = ", ".join(waits.silent[:_MAX_NODES_NAMED]) + (", ..." if len(waits.silent) > _MAX_NODES_NAMED else "")
+        parts.append(Text(f"did not answer for whom their ranks wait: {names}", "yellow"))
     if not authenticated and (open_to_all := exposed(view)):
         parts.append(
             Text(f"nothing authenticates callers at {', '.join(open_to_all)} (--insecure): anybody may join", "yellow")
