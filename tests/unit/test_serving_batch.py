@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -305,3 +306,32 @@ def test_two_clients_with_rows_waiting_are_never_further_apart_than_a_share_and_
         assert abs(taken["ours"] - taken["theirs"]) <= 10
         for share in queue.take(0.0):
             taken[share.client] += share.num_rows
+
+
+def test_what_is_taken_in_is_still_in_time_when_others_send_as_much() -> None:
+    queue = queue_of(Waiting(client="b", deadline=1.0), max_batch_rows=10)
+    queue.computed(0.1, 0.0)
+    accepted = []
+    with contextlib.suppress(Overloaded):
+        for _ in range(200):
+            accepted.append(Waiting(client="a", deadline=1.0))
+            queue.put(accepted[-1], 0.0)
+    accepted.pop()  # which was refused
+    while True:  # and then `b` sends what it can
+        try:
+            queue.put(Waiting(client="b", deadline=1.0), 0.0)
+        except Overloaded:
+            break
+    now, left = 0.0, 0
+    while len(queue):
+        now += 0.1
+        left += sum(share.client == "a" for share in queue.take(now))
+    assert left == len(accepted)
+    assert not queue.dropped
+
+
+def test_a_rank_that_is_not_busy_refuses_nobody_for_what_others_might_send() -> None:
+    queue = queue_of(*(Waiting(client=str(number)) for number in range(50)), max_batch_rows=10)
+    queue.computed(0.1, 0.0)
+    for _ in range(20):  # 70 rows in all, and 0.9 s for them; had every client sent as many, there would be 1,000
+        queue.put(Waiting(client="a", deadline=2.5), 0.0)

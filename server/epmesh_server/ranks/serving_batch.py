@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -22,6 +22,7 @@ _SMOOTHING, _SMOOTHING_DOWN = 0.2, 0.5  # weight of the newest measurement
 _LONGEST_GAP = 4.0  # times max_wait_s: a long pause must not outweigh the burst that comes after it
 _SLACK = 1.25  # a queue that is filled up to the deadline would have every stall make everything late
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.001, 5.0
+_MAY_COME = 2  # of what waits, at most: so a rank that is not busy refuses nobody for what others might send
 _STARTS_KEPT = 64
 _FIRST_RETRY_S = 0.05  # where nothing was measured yet
 
@@ -218,13 +219,21 @@ class BatchQueue(Generic[_S]):
         if not (self._waiting or self._computing):
             return 0.0
         own = self._rows[share.client] + share.num_rows
-        rows = {key: self._rows_before(line, own) for key, line in self._waiting.items()}
-        rows[share.key] = rows.get(share.key, 0) + share.num_rows
-        return (self._batches(rows.values()) + self._computing) * self._batch_s * _SLACK
+        before = {key: self._rows_before(line, share.client, own) for key, line in self._waiting.items()}
+        waiting = {key: line.rows.total() for key, line in self._waiting.items()}
+        batches = min(self._batches_with(before, share), _MAY_COME * self._batches_with(waiting, share))
+        return (batches + self._computing) * self._batch_s * _SLACK
 
-    def _rows_before(self, line: _Line[_S], own: int) -> float:
-        """Rows of a line that come before the last of `own` rows of a client: of others as many, and no more."""
-        return sum(rows * min(1.0, own / max(self._rows[client], 1)) for client, rows in line.rows.items())
+    def _rows_before(self, line: _Line[_S], client: Hashable, own: int) -> float:
+        """Rows of a line that come before the last of `own` rows of a client: of every other as many.
+
+        Of one that has fewer, too: it may still send them, and they would come first.
+        """
+        others = (rows * own / max(self._rows[each], 1) for each, rows in line.rows.items() if each != client)
+        return line.rows[client] + sum(others)
+
+    def _batches_with(self, rows: Mapping[Hashable, float], share: _S) -> int:
+        return self._batches({**rows, share.key: rows.get(share.key, 0) + share.num_rows}.values())
 
     def retry_after_s(self) -> float:
         """The hint where bytes do not fit: how long what waits may take."""
