@@ -25,7 +25,6 @@ finish() {
     kill "$engine" 2>/dev/null || true
     for _ in {1..100}; do kill -0 "$engine" 2>/dev/null || break; sleep 0.1; done
     awk -v under="$work" 'index($2, under) == 1 { print $2 }' /proc/mounts | sort -r | xargs -r umount -l 2>/dev/null || true
-    ip link delete "$bridge" 2>/dev/null || true
   fi
   rm -rf "$work"
   exit "$code"
@@ -35,7 +34,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 missing=()
-for command in docker dockerd docker-compose debootstrap iptables; do
+for command in docker dockerd docker-compose debootstrap; do
   command -v "$command" >/dev/null || missing+=("$command")
 done
 if docker info >/dev/null 2>&1 && command -v docker-compose >/dev/null; then
@@ -44,15 +43,12 @@ else
   [ "$(id -u)" = 0 ] || skip "no container engine answers, and starting one needs root"
   [ -z "${missing[*]:-}" ] || command -v apt-get >/dev/null || skip "${missing[*]} missing, and no apt-get to install them"
   if ((${#missing[@]})); then
-    echo "test-compose: installing docker.io, docker-compose, debootstrap and iptables (for ${missing[*]})"
+    echo "test-compose: installing docker.io, docker-compose and debootstrap (for ${missing[*]})"
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-      docker.io docker-compose debootstrap iptables; } >"$work/apt.log" 2>&1 \
+      docker.io docker-compose debootstrap; } >"$work/apt.log" 2>&1 \
       || { tail -n 5 "$work/apt.log"; skip "the packages of a container engine cannot be installed here"; }
   fi
-  bridge=epm$((RANDOM % 9000 + 1000))
-  ip link add name "$bridge" type bridge 2>"$work/link.err" || skip "no network bridge may be made here: $(cat "$work/link.err")"
-  ip address add "10.$((RANDOM % 200 + 20)).255.1/24" dev "$bridge"
-  dockerd --data-root "$work/data" --exec-root "$work/exec" --pidfile "$work/pid" --bridge "$bridge" \
+  dockerd --data-root "$work/data" --exec-root "$work/exec" --pidfile "$work/pid" --bridge none --iptables=false --ip-masq=false \
     --host "unix://$work/docker.sock" >"$work/dockerd.log" 2>&1 &
   engine=$!
   export DOCKER_HOST="unix://$work/docker.sock"
@@ -62,6 +58,9 @@ else
     sleep 0.1
   done
   docker info >/dev/null 2>&1 || { tail -n 3 "$work/dockerd.log"; skip "the container engine does not answer"; }
+  docker network create "epmesh-probe-$$" >/dev/null 2>"$work/network.err" \
+    || skip "no network for containers may be made here: $(cat "$work/network.err")"
+  docker network rm "epmesh-probe-$$" >/dev/null
   echo "test-compose: started a container engine of its own ($(docker info --format '{{.ServerVersion}}, {{.Driver}}'))"
 fi
 

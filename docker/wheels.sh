@@ -10,7 +10,7 @@ python=${PYTHON:-.venv/bin/python}
 make_wheels() { # directory, extra
   echo "wheels: docker/wheels/$1, epmesh[$2]"
   rm -rf "docker/wheels/$1.part" "docker/wheels/$1"
-  "$python" -m pip wheel --quiet --disable-pip-version-check -c constraints.txt -w "docker/wheels/$1.part" ".[$2]"
+  "$python" -m pip wheel --quiet --quiet --disable-pip-version-check -c constraints.txt -w "docker/wheels/$1.part" ".[$2]"
   mv "docker/wheels/$1.part" "docker/wheels/$1"
 }
 
