@@ -36,9 +36,9 @@ def inbox(tmp_path: Path) -> Iterator[Inbox]:
         yield inbox
 
 
-def mesh(ranks: int = 3, num_experts: int = 6, exchange_timeout_s: float = 60.0) -> LocalMesh:
+def mesh(ranks: int = 3, num_experts: int = 6, exchange_timeout_s: float = 60.0, nodes: int = 1) -> LocalMesh:
     return LocalMesh(
-        1,
+        nodes,
         ranks,
         num_experts=num_experts,
         device=DEVICE,
@@ -53,6 +53,14 @@ def test_a_captured_exchange_is_replayed_with_another_routing_every_time(ranks: 
     with mesh(ranks, works.EXPERTS_A_RANK * ranks) as ranks_of_one_gpu:
         for seen in ranks_of_one_gpu.run(works.replay, 11, replays):
             assert seen.wrong == 0, seen
+
+
+def test_a_graph_cannot_capture_an_exchange_between_nodes() -> None:
+    with mesh(1, nodes=2) as two_nodes:
+        for refusal, total in two_nodes.run(works.capture_between_nodes):
+            assert "spans 2 nodes; its exchanges go through the host" in refusal, refusal
+            assert refusal.startswith("InvalidRequest: ")
+            assert total == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -111,6 +119,13 @@ def meet(three: LocalMesh, inbox: Inbox, plan: str, strike: str, bound_s: float)
 @pytest.mark.parametrize("plan", ["dispatch", "combine", "exchanges"])
 def test_survivors_get_peer_lost_and_go_on_when_a_rank_is_killed(inbox: Inbox, plan: str) -> None:
     with mesh() as three:
+        meet(three, inbox, plan, "kill_rank", KILLED_S)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("plan", ["dispatch", "exchanges"])
+def test_survivors_on_other_nodes_get_peer_lost_and_go_on_when_a_rank_is_killed(inbox: Inbox, plan: str) -> None:
+    with mesh(1, nodes=3) as three:
         meet(three, inbox, plan, "kill_rank", KILLED_S)
 
 

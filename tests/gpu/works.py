@@ -96,6 +96,22 @@ def refuse_one_static(comm: Communicator, victim: int) -> tuple[str, list[float]
     return error, total[:, 0].tolist()
 
 
+def capture_between_nodes(comm: Communicator) -> tuple[str, list[float]]:
+    """A dispatch inside a capture, where the group spans nodes; its refusal, and what an exchange gives afterwards."""
+    rows = torch.ones(2, 8, device=comm.device)
+    ids = torch.zeros(2, 1, dtype=torch.int64, device=comm.device)
+    weights = torch.ones(2, 1, device=comm.device)
+    refusal = ""
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        rows.add_(0.0)  # a graph must not be empty
+        try:
+            comm.dispatch(rows, weights, ids, static=True)
+        except EpmeshError as exc:
+            refusal = f"{type(exc).__name__}: {exc}"
+    total = comm.combine(comm.dispatch(rows, weights, ids, static=True)[0])
+    return refusal, total[:, 0].tolist()
+
+
 def replay_after_a_loss(comm: Communicator, inbox: Path, victim: int) -> tuple[str, str, list[float]]:
     """Captures an exchange, loses a member, and replays: what each replay raises, and what an exchange then gives."""
     rows = torch.ones(2, 8, device=comm.device)

@@ -90,7 +90,7 @@ def start_on_gpu(shape: Shape) -> Iterator[Runner]:
         yield lambda work, *args: mesh.run(on_device, work, *args)
 
 
-ON_GPU = Implementation("join-cuda", start_on_gpu, shapes=(Shape(1, 1), Shape(1, 3)))
+ON_GPU = Implementation("join-cuda", start_on_gpu, shapes=(Shape(1, 1), Shape(1, 3), Shape(2, 1), Shape(2, 2)))
 
 IMPLEMENTATIONS = (
     Implementation(

@@ -1,7 +1,7 @@
 """The communicator of a joined rank whose tensors live on a GPU.
 
-Exchanges run on the device, in groups inside one node. Collectives and point-to-point messages go through the host, as
-those of ranks on CPU, and come back to the tensors' device: correct, and slow.
+Exchanges run on the device, in groups inside one node. Those of groups that span nodes, collectives and point-to-point
+messages go through the host, as those of ranks on CPU, and come back to the tensors' device: correct, and slow.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from epmesh_server.ranks import arguments as args
 from epmesh_server.ranks.communicator import JoinedCommunicator
 from epmesh_server.ranks.cuda_arenas import Arenas
 from epmesh_server.ranks.cuda_exchange import CudaExchange, layout_of
+from epmesh_server.ranks.cuda_staged import StagedExchange, refuse_capture
+from epmesh_server.ranks.exchange import Exchange
 
 if TYPE_CHECKING:
     from epmesh_server.ranks.rank import RankProcess
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 class CudaCommunicator(JoinedCommunicator):
     """One group of a rank that lives in this process and has a GPU. One thread at a time may be inside a group."""
 
-    _exchange: CudaExchange
+    _kernels: CudaExchange | None  # what runs this group's exchanges; `None` where it spans nodes
 
     def __init__(self, rank: RankProcess, name: str, view: View) -> None:
         """Takes the rank's place in the group `name` of `view`."""
@@ -41,22 +43,28 @@ class CudaCommunicator(JoinedCommunicator):
         self._num_sms: int | None = None
         super().__init__(rank, name, view)
 
-    def _new_exchange(self) -> CudaExchange:
+    def _new_exchange(self) -> Exchange:
         self._tables = {}
-        limit = self.max_tokens_per_rank
-        return CudaExchange(self._member, self._stats, self._turn, self.device, limit, self._kept.keys(), self._num_sms)
+        if self._member.topology.remote_slots:
+            self._kernels = None
+            return StagedExchange(self._member, self._stats, self._turn, self.device)
+        limit, kept = self.max_tokens_per_rank, self._kept.keys()
+        self._kernels = CudaExchange(self._member, self._stats, self._turn, self.device, limit, kept, self._num_sms)
+        return self._kernels
 
     def set_num_sms(self, num_sms: int) -> None:
         super().set_num_sms(num_sms)
         with self._turn(collective=False):
             self._num_sms = num_sms
-            self._exchange.bound(num_sms)
+            if self._kernels is not None:
+                self._kernels.bound(num_sms)
 
     def max_sms_used(self) -> int | None:
-        return self._exchange.most_programs
+        return None if self._kernels is None else self._kernels.most_programs
 
     def _let_go(self) -> None:
-        self._kept.update(self._exchange.close())
+        if self._kernels is not None:
+            self._kept.update(self._kernels.close())
         super()._let_go()
 
     def destroy(self) -> None:
@@ -68,8 +76,9 @@ class CudaCommunicator(JoinedCommunicator):
 
     def check(self) -> None:
         super().check()
-        with self._turn(collective=False):
-            self._exchange.surface()
+        if self._kernels is not None:
+            with self._turn(collective=False):
+                self._kernels.surface()
 
     # The exchange ------------------------------------------------------------------------------------------------
 
@@ -89,7 +98,8 @@ class CudaCommunicator(JoinedCommunicator):
             hidden_states, extra_tensors = quantized(hidden_states, extra_tensors, quantize)
         tensors = (hidden_states, topk_weights, topk_ids)
         given = _plain(tensors if extra_tensors is None else (*tensors, *row_tensors([], extra_tensors)))
-        if given is None or self._destroyed or not (layer is None or type(layer) is int):
+        kernels = self._kernels
+        if kernels is None or given is None or self._destroyed or not (layer is None or type(layer) is int):
             return super().dispatch(*tensors, is_sequence_parallel, extra_tensors, layer=layer, static=static)
         key = (
             *[each.shape for each in given],
@@ -100,14 +110,14 @@ class CudaCommunicator(JoinedCommunicator):
         self._check_mode()
         if self._busy.acquire(blocking=False):  # else the long way says who is inside
             try:
-                received = self._exchange.again(
+                received = kernels.again(
                     key, given, lambda: self._routed(list(tensors), extra_tensors, is_sequence_parallel, layer, static)
                 )
             finally:
                 self._busy.release()
         if received is None:
             received = super().dispatch(*tensors, is_sequence_parallel, extra_tensors, layer=layer, static=static)
-            self._exchange.prepare(key, given)
+            kernels.prepare(key, given)
         return received
 
     def combine(
@@ -123,12 +133,13 @@ class CudaCommunicator(JoinedCommunicator):
         is_sequence_parallel: bool,
         handle: Handle | None,
     ) -> torch.Tensor | None:
-        if self._destroyed or type(hidden_states) is not torch.Tensor:
+        kernels = self._kernels
+        if kernels is None or self._destroyed or type(hidden_states) is not torch.Tensor:
             return None
         if (output is not None and type(output) is not torch.Tensor) or not self._busy.acquire(blocking=False):
             return None
         try:
-            return self._exchange.combine_again(hidden_states, handle, bool(is_sequence_parallel), output)
+            return kernels.combine_again(hidden_states, handle, bool(is_sequence_parallel), output)
         finally:
             self._busy.release()
 
@@ -146,22 +157,23 @@ class CudaCommunicator(JoinedCommunicator):
         return super().combine_into_output(hidden_states, output, is_sequence_parallel, handle=handle)
 
     def _broadcast(self, tensors: list[torch.Tensor], is_sequence_parallel: bool, *, has_ids: bool) -> Layout:
+        if self._kernels is None:
+            refuse_capture(self.unique_name, len(self._topology.members))
+            return super()._broadcast(tensors, is_sequence_parallel, has_ids=has_ids)
         return self._layout(tensors, None, is_sequence_parallel, has_ids)
 
     def _routed_rows(self, tensors: list[torch.Tensor], routing: Routing, is_sequence_parallel: bool) -> Layout:
+        if self._kernels is None:
+            refuse_capture(self.unique_name, len(self._topology.members))
+            return super()._routed_rows([*tensors[:2], tensors[2].cpu()], routing, is_sequence_parallel)
         return self._layout(tensors, routing, is_sequence_parallel, True)
 
     def _row_numbers(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        return []  # a row stands at its number
+        return super()._row_numbers(tensors) if self._kernels is None else []  # with kernels a row stands at its number
 
     def _layout(
         self, tensors: list[torch.Tensor], routing: Routing | None, is_sequence_parallel: bool, has_ids: bool
     ) -> Layout:
-        if self._topology.remote_slots:
-            raise InvalidRequest(
-                f"group {self.unique_name!r} spans {len(self._topology.members)} nodes; tensors on GPUs are exchanged "
-                f"inside one node only so far: use device='cpu'"
-            )
         if self.world_size > MAX_WORLD_SIZE:
             raise InvalidRequest(
                 f"a group of {self.world_size} GPUs on one node; at most {MAX_WORLD_SIZE} can exchange"
