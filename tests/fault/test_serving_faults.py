@@ -19,6 +19,7 @@ import torch
 import epmesh
 from epmesh import DeadlineExceeded, EpmeshError, InvalidRequest, Overloaded, PeerLost, StaleEpoch
 from epmesh.testing import LocalMesh
+from epmesh_server.fair_budget import FairBudget
 from epmesh_server.ranks.serving_experts import ServeStats
 from tests.integration import mesh_works, serve_works
 from tests.integration.serve_works import Call, PlainRouter, reference, some_rows, total, wait_serving
@@ -173,11 +174,11 @@ def test_rows_beyond_the_queues_bytes_are_refused_at_once_with_a_hint(tmp_path: 
         node.ask(rows_of(0), 1)
         node.await_seen(1)
         rows = [rows_of(seed) for seed in range(1, 20)]
-        room, fit = 4000, []
+        budget, fit = FairBudget(4000), []
         for each in rows:
             size = wanted(each) * ROW_BYTES
-            fit.append(size <= room)
-            room -= size if fit[-1] else 0
+            fit.append(budget.fits("the router", size))
+            budget.hold("the router", size if fit[-1] else 0)
         calls = [node.ask(each, 1, timeout_s=60) for each in rows]
         for call in itertools.compress(calls, map(operator.not_, fit)):
             with pytest.raises(Overloaded) as refused:
