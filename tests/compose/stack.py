@@ -184,5 +184,5 @@ class Traffic:
 
     def check(self, text: str) -> None:
         """No request failed, and every answer was `text`."""
-        assert self.failures == []
-        assert set(self.texts) == {text}
+        assert not self.failures, f"{len(self.failures)} of {sum(self.texts.values())} failed: {self.failures[:3]}"
+        assert set(self.texts) == {text}, f"{self.texts}, and not {text!r}"
