@@ -227,6 +227,63 @@ def test_the_page_makes_every_secret() -> None:
     assert "epmesh-node-$number-tls" in made
 
 
+def admitted(component: str, port: int, source: dict[str, str], namespace: str) -> bool:
+    """Whether the policies let a pod with these labels in this namespace reach the port; "epmesh" is the mesh's own."""
+    (policy,) = (
+        one["spec"] for one in objects("NetworkPolicy") if component_of(one["spec"]["podSelector"]) == component
+    )
+    return any(
+        any(one["port"] <= port <= one.get("endPort", one["port"]) for one in rule["ports"])
+        and ("from" not in rule or any(matches(peer, source, namespace) for peer in rule["from"]))
+        for rule in policy["ingress"]
+    )
+
+
+def component_of(selector: dict[str, Any]) -> str:
+    return str(selector["matchLabels"]["app.kubernetes.io/component"])
+
+
+def matches(peer: dict[str, Any], source: dict[str, str], namespace: str) -> bool:
+    """Whether a pod is meant: by its labels within the mesh's namespace, or by the name of its own."""
+    if "namespaceSelector" in peer:
+        return bool(peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": namespace})
+    return namespace == "epmesh" and peer["podSelector"]["matchLabels"].items() <= source.items()
+
+
+def test_policies_let_in_who_must_reach_a_port_and_nobody_else() -> None:
+    labels = {
+        component_of(one["spec"]["selector"]): one["spec"]["selector"]["matchLabels"] for one in objects(*CONTROLLERS)
+    }
+    sources = {name: (label, "epmesh") for name, label in labels.items()}
+    sources |= {"stranger": ({}, "epmesh"), "prometheus": ({}, "monitoring"), "impostor": (labels["node"], "other")}
+    wanted = {
+        ("node", 7400): {"node", "router"},
+        ("node", 32768): {"node", "router"},  # links and fronts: the kernel's free ports, 32768 to 60999 in a pod
+        ("node", 60999): {"node", "router"},
+        ("node", 7402): {"prometheus"},
+        ("coordinator", 7401): {"node"},
+        ("coordinator", 7403): {"prometheus"},
+        ("router", 8080): set(sources),
+    }
+    for (component, port), names in wanted.items():
+        assert {name for name, source in sources.items() if admitted(component, port, *source)} == names, (
+            component,
+            port,
+        )
+    listening = {
+        (component_of(one["spec"]["selector"]), port["containerPort"])
+        for one in objects(*CONTROLLERS)
+        for port in container(one)["ports"]
+    }
+    assert listening <= wanted.keys()
+
+
+def test_every_container_asks_for_what_it_needs_and_its_memory_is_bounded(controller: dict[str, Any]) -> None:
+    resources = container(controller)["resources"]
+    assert resources["requests"].keys() == {"cpu", "memory"}
+    assert "memory" in resources["limits"]
+
+
 def secrets_of(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The volumes of a pod that are one secret."""
     return (one for one in spec["volumes"] if "secret" in one)
