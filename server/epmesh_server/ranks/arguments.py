@@ -64,27 +64,34 @@ def check_tensor(tensor: torch.Tensor, device: torch.device = _CPU) -> None:
     tensor_meta(dtype_name(tensor.dtype), tuple(tensor.shape))
 
 
-def check_summable(tensor: torch.Tensor) -> None:
+def check_summable(tensor: torch.Tensor, device: torch.device = _CPU) -> None:
     """A tensor whose dtype can be summed."""
-    check_tensor(tensor)
+    check_tensor(tensor, device)
     accumulator(tensor.dtype, "the sum")
 
 
-def check_dim(tensor: torch.Tensor, dim: int) -> int:
+def check_dim(tensor: torch.Tensor, dim: int, device: torch.device = _CPU) -> int:
     """A valid `dim`, made non-negative."""
-    check_tensor(tensor)
+    check_tensor(tensor, device)
     if not -tensor.dim() <= dim < tensor.dim():
         raise InvalidRequest(f"Invalid dim ({dim}) for input tensor with shape {tensor.size()}")
     return dim % tensor.dim()
 
 
-def check_gatherv(tensors: Sequence[torch.Tensor], dim: int, sizes: list[int] | None, rank: int, world: int) -> str:
+def check_gatherv(
+    tensors: Sequence[torch.Tensor],
+    dim: int,
+    sizes: list[int] | None,
+    rank: int,
+    world: int,
+    device: torch.device = _CPU,
+) -> str:
     """Ragged tensors; returns what must be the same on all ranks."""
     if not 1 <= len(tensors) <= MAX_TENSORS:
         raise InvalidRequest(f"all_gatherv of {len(tensors)} tensors; 1 to {MAX_TENSORS} are possible")
     texts = []
     for tensor in tensors:
-        axis = check_dim(tensor, dim)
+        axis = check_dim(tensor, dim, device)
         if sizes is not None:
             check_sizes(sizes, world)
             if tensor.shape[axis] != sizes[rank]:
@@ -102,9 +109,11 @@ def check_sizes(sizes: Sequence[int], world: int) -> None:
         raise InvalidRequest(f"sizes is {list(sizes)}; it needs one length of 0 or more for each of {world} ranks")
 
 
-def check_scatter(tensor: torch.Tensor, dim: int, sizes: list[int] | None, world: int) -> tuple[int, list[int]]:
+def check_scatter(
+    tensor: torch.Tensor, dim: int, sizes: list[int] | None, world: int, device: torch.device = _CPU
+) -> tuple[int, list[int]]:
     """dim and the length of every rank's slice."""
-    axis = check_dim(tensor, dim)
+    axis = check_dim(tensor, dim, device)
     accumulator(tensor.dtype, "the sum")
     length = tensor.shape[axis]
     if sizes is None:
@@ -118,26 +127,32 @@ def check_scatter(tensor: torch.Tensor, dim: int, sizes: list[int] | None, world
 
 
 def check_scatter_output(
-    tensor: torch.Tensor, output: torch.Tensor, dim: int, sizes: list[int] | None, rank: int, world: int
+    tensor: torch.Tensor,
+    output: torch.Tensor,
+    dim: int,
+    sizes: list[int] | None,
+    rank: int,
+    world: int,
+    device: torch.device = _CPU,
 ) -> None:
     """`output` must have this rank's slice's shape and dtype."""
-    axis, lengths = check_scatter(tensor, dim, sizes, world)
-    check_tensor(output)
+    axis, lengths = check_scatter(tensor, dim, sizes, world, device)
+    check_tensor(output, device)
     wanted = [*tensor.shape[:axis], lengths[rank], *tensor.shape[axis + 1 :]]
     if list(output.shape) != wanted or output.dtype != tensor.dtype:
         raise InvalidRequest(f"output is {shape_text(output)}; it must be {dtype_name(tensor.dtype)}{wanted}")
 
 
-def check_gather(tensor: torch.Tensor, dst: int, dim: int, world: int) -> int:
+def check_gather(tensor: torch.Tensor, dst: int, dim: int, world: int, device: torch.device = _CPU) -> int:
     """A valid destination; returns `dim`, made non-negative."""
     check_peer("dst", dst, world)
-    return check_dim(tensor, dim)
+    return check_dim(tensor, dim, device)
 
 
-def check_broadcast(tensor: torch.Tensor, src: int, world: int) -> None:
+def check_broadcast(tensor: torch.Tensor, src: int, world: int, device: torch.device = _CPU) -> None:
     """A valid source."""
     check_peer("src", src, world)
-    check_tensor(tensor)
+    check_tensor(tensor, device)
 
 
 def check_peer(name: str, rank: int, world: int) -> int:

@@ -119,13 +119,13 @@ class CheckedCommunicator(Communicator):
 
     def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
         with self._turn():
-            self._checked("all_reduce", lambda: args.check_summable(input_))
+            self._checked("all_reduce", lambda: args.check_summable(input_, self.device))
             result = self._collectives.all_reduce(input_.contiguous())
             return input_ if result is input_ else input_.copy_(result)
 
     def all_gather(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
         with self._turn():
-            axis = self._checked("all_gather", lambda: args.check_dim(input_, dim))
+            axis = self._checked("all_gather", lambda: args.check_dim(input_, dim, self.device))
             what = f"dim={axis} {args.shape_text(input_)}"
             return _joined(self._collectives.all_gather_blocks("all_gather", [input_], what), axis)[0]
 
@@ -135,7 +135,8 @@ class CheckedCommunicator(Communicator):
         with self._turn():
             tensors = input_ if isinstance(input_, list) else [input_]
             what = self._checked(
-                "all_gatherv", lambda: args.check_gatherv(tensors, dim, sizes, self.rank, self.world_size)
+                "all_gatherv",
+                lambda: args.check_gatherv(tensors, dim, sizes, self.rank, self.world_size, self.device),
             )
             joined = _joined(self._collectives.all_gather_blocks("all_gatherv", tensors, what), dim)
             return joined if isinstance(input_, list) else joined[0]
@@ -154,26 +155,29 @@ class CheckedCommunicator(Communicator):
         with self._turn():
             method = "reduce_scatterv_into_output"
             self._checked(
-                method, lambda: args.check_scatter_output(input_, output, dim, sizes, self.rank, self.world_size)
+                method,
+                lambda: args.check_scatter_output(input_, output, dim, sizes, self.rank, self.world_size, self.device),
             )
             return output.copy_(self._reduce_scatter(method, input_, dim, sizes))
 
     def _reduce_scatter(self, method: str, input_: torch.Tensor, dim: int, sizes: list[int] | None) -> torch.Tensor:
-        axis, lengths = self._checked(method, lambda: args.check_scatter(input_, dim, sizes, self.world_size))
+        axis, lengths = self._checked(
+            method, lambda: args.check_scatter(input_, dim, sizes, self.world_size, self.device)
+        )
         rows = input_.movedim(axis, 0).contiguous()
         what = f"dim={axis} sizes={lengths} {args.shape_text(input_)}"
         return self._collectives.reduce_scatter(method, rows, lengths, what).movedim(0, axis).contiguous()
 
     def gather(self, input_: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
         with self._turn():
-            axis = self._checked("gather", lambda: args.check_gather(input_, dst, dim, self.world_size))
+            axis = self._checked("gather", lambda: args.check_gather(input_, dst, dim, self.world_size, self.device))
             what = f"dst={dst} dim={axis} {args.shape_text(input_)}"
             blocks = self._collectives.gather(input_, dst, what)
             return None if blocks is None else torch.cat(blocks, dim=axis)
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
         with self._turn():
-            self._checked("broadcast", lambda: args.check_broadcast(tensor, src, self.world_size))
+            self._checked("broadcast", lambda: args.check_broadcast(tensor, src, self.world_size, self.device))
             result = self._collectives.broadcast(tensor.contiguous(), src)
             return tensor if result is tensor else tensor.copy_(result)
 

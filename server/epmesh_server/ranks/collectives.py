@@ -46,77 +46,30 @@ class Collectives:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums contiguous `tensor` in place."""
-
-        def run(_: dict[int, Call]) -> torch.Tensor:
-            return tensor.copy_(self._sum(tensor))
-
-        return self._numbered(describe("all_reduce", _shape(tensor)), run)
+        call = describe("all_reduce", _shape(tensor))
+        return self._numbered(call, lambda calls: self._all_reduce(tensor, calls))
 
     def all_gather_blocks(
         self, method: str, tensors: Sequence[torch.Tensor], arguments: str
     ) -> list[list[torch.Tensor]]:
         """Every member's tensors, by member; the same dtypes and dimensions, but lengths may differ."""
-        own = [as_bytes(tensor) for tensor in tensors]
-        numbers = [length for tensor in tensors for length in tensor.shape]
-
-        def run(calls: dict[int, Call]) -> list[list[torch.Tensor]]:
-            shapes = [split_shapes(calls[rank].numbers, tensors) for rank in self._topology.ranks]
-            sizes = [block_sizes(shape, tensors) for shape in shapes]
-            blocks = self._gather_bytes(np.concatenate(own), [sum(size) for size in sizes])
-            return [cut_block(block, shape, tensors) for block, shape in zip(blocks, shapes, strict=True)]
-
-        return self._numbered(describe(method, arguments, numbers), run)
+        call = describe(method, arguments, [length for tensor in tensors for length in tensor.shape])
+        return self._numbered(call, lambda calls: self._all_gather_blocks(tensors, calls))
 
     def reduce_scatter(self, method: str, rows: torch.Tensor, sizes: Sequence[int], arguments: str) -> torch.Tensor:
         """This member's slice ``[sizes[me], ...]`` of the sum of ``rows`` ``[sum(sizes), ...]``."""
-
-        def run(_: dict[int, Call]) -> torch.Tensor:
-            total = self._local_sum(rows)
-            bounds = [0, *itertools.accumulate(sizes)]
-            step = next(self._steps)
-            for position in self._topology.relayed:
-                self._post(position, total[bounds[position] : bounds[position + 1]], step)
-            mine = total[bounds[self._topology.me] : bounds[self._topology.me + 1]]
-            rails = {slot: self._topology.rail(self._topology.me, slot) for slot in self._topology.remote_slots}
-            others = self._await(rails, step)
-            parts = {slot: self._tensor(message, mine) for slot, message in others.items()}
-            return sum_parts({**parts, self._topology.slot: mine})
-
-        return self._numbered(describe(method, arguments), run)
+        call = describe(method, arguments)
+        return self._numbered(call, lambda calls: self._reduce_scatter(rows, sizes, calls))
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
         """Overwrites contiguous `tensor` with that of position `src`."""
-
-        def run(_: dict[int, Call]) -> torch.Tensor:
-            topology = self._topology
-            home = topology.slots[src]
-            step = next(self._steps)
-            if topology.me == src:
-                for slot in topology.remote_slots:
-                    self._post(topology.rail(src, slot), tensor, step)
-            entry = src if topology.slot == home else topology.rail(src, topology.slot)
-            if topology.me == entry != src:
-                message = self._await({home: src}, step)[home]
-                tensor.copy_(self._tensor(message, tensor))
-            if len(topology.local) > 1 and tensor.numel():
-                flat = torch.from_numpy(as_bytes(tensor))
-                self._device_group().broadcast(flat, topology.local.index(entry))
-            return tensor
-
-        return self._numbered(describe("broadcast", f"{_shape(tensor)} src={src}"), run)
+        call = describe("broadcast", f"{_shape(tensor)} src={src}")
+        return self._numbered(call, lambda calls: self._broadcast(tensor, src, calls))
 
     def gather(self, tensor: torch.Tensor, dst: int, arguments: str) -> list[torch.Tensor] | None:
         """Every member's tensor on position `dst`; `None` elsewhere."""
-
-        def run(_: dict[int, Call]) -> list[torch.Tensor] | None:
-            topology, step = self._topology, next(self._steps)
-            if topology.me != dst:
-                self._post(dst, tensor, step)
-                return None
-            others = self._await({p: p for p in range(topology.world_size) if p != dst}, step)
-            return [tensor if p == dst else self._tensor(others[p], tensor) for p in range(topology.world_size)]
-
-        return self._numbered(describe("gather", arguments), run)
+        call = describe("gather", arguments)
+        return self._numbered(call, lambda calls: self._gather(tensor, dst, calls))
 
     def agree(self, call: Call, timeout_s: float | None = None) -> tuple[int, dict[int, Call]]:
         """Only learns every member's call: the number, and the calls by global rank."""
@@ -132,6 +85,59 @@ class Collectives:
         if self._group is not None:
             self._group.abort()
             self._group = None
+
+    # What they do once all members' calls agree -----------------------------------------------------------------
+
+    def _all_reduce(self, tensor: torch.Tensor, calls: Mapping[int, Call]) -> torch.Tensor:
+        return tensor.copy_(self._sum(tensor))
+
+    def _all_gather_blocks(
+        self, tensors: Sequence[torch.Tensor], calls: Mapping[int, Call]
+    ) -> list[list[torch.Tensor]]:
+        shapes = self._shapes(tensors, calls)
+        sizes = [sum(block_sizes(shape, tensors)) for shape in shapes]
+        blocks = self._gather_bytes(np.concatenate([as_bytes(tensor) for tensor in tensors]), sizes)
+        return [cut_block(block, shape, tensors) for block, shape in zip(blocks, shapes, strict=True)]
+
+    def _reduce_scatter(self, rows: torch.Tensor, sizes: Sequence[int], calls: Mapping[int, Call]) -> torch.Tensor:
+        total = self._local_sum(rows)
+        bounds = [0, *itertools.accumulate(sizes)]
+        step = next(self._steps)
+        for position in self._topology.relayed:
+            self._post(position, total[bounds[position] : bounds[position + 1]], step)
+        mine = total[bounds[self._topology.me] : bounds[self._topology.me + 1]]
+        rails = {slot: self._topology.rail(self._topology.me, slot) for slot in self._topology.remote_slots}
+        others = self._await(rails, step)
+        parts = {slot: self._tensor(message, mine) for slot, message in others.items()}
+        return sum_parts({**parts, self._topology.slot: mine})
+
+    def _broadcast(self, tensor: torch.Tensor, src: int, calls: Mapping[int, Call]) -> torch.Tensor:
+        topology = self._topology
+        home = topology.slots[src]
+        step = next(self._steps)
+        if topology.me == src:
+            for slot in topology.remote_slots:
+                self._post(topology.rail(src, slot), tensor, step)
+        entry = src if topology.slot == home else topology.rail(src, topology.slot)
+        if topology.me == entry != src:
+            message = self._await({home: src}, step)[home]
+            tensor.copy_(self._tensor(message, tensor))
+        if len(topology.local) > 1 and tensor.numel():
+            flat = torch.from_numpy(as_bytes(tensor))
+            self._device_group().broadcast(flat, topology.local.index(entry))
+        return tensor
+
+    def _gather(self, tensor: torch.Tensor, dst: int, calls: Mapping[int, Call]) -> list[torch.Tensor] | None:
+        topology, step = self._topology, next(self._steps)
+        if topology.me != dst:
+            self._post(dst, tensor, step)
+            return None
+        others = self._await({p: p for p in range(topology.world_size) if p != dst}, step)
+        return [tensor if p == dst else self._tensor(others[p], tensor) for p in range(topology.world_size)]
+
+    def _shapes(self, tensors: Sequence[torch.Tensor], calls: Mapping[int, Call]) -> list[list[tuple[int, ...]]]:
+        """Every member's shapes of `tensors`, by member."""
+        return [split_shapes(calls[rank].numbers, tensors) for rank in self._topology.ranks]
 
     # Inside the node -------------------------------------------------------------------------------------------
 
