@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from epmesh import Communicator
 from epmesh.testing import LocalMesh
 from tests.integration.contract import MAX_TOKENS, Feature, Shape
 from tests.integration.flat_ranks import start_flat_ranks
@@ -90,7 +92,23 @@ def start_on_gpu(shape: Shape) -> Iterator[Runner]:
         yield lambda work, *args: mesh.run(on_device, work, *args)
 
 
+def claim_own_host(_: Communicator) -> None:
+    """Has NCCL take this rank's process for a host of its own, so that it lets several ranks onto one GPU; before
+    the first call."""
+    alone = {"NCCL_HOSTID": f"epmesh-{os.getpid()}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0"}
+    os.environ.update({**alone, "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"})
+
+
+@contextlib.contextmanager
+def start_on_gpu_with_nccl(shape: Shape) -> Iterator[Runner]:
+    """As `start_on_gpu`, with collectives by NCCL over sockets."""
+    with start_on_gpu(shape) as run:
+        run(claim_own_host)
+        yield run
+
+
 ON_GPU = Implementation("join-cuda", start_on_gpu, shapes=(Shape(1, 1), Shape(1, 3), Shape(2, 1), Shape(2, 2)))
+ON_GPU_WITH_NCCL = Implementation("join-cuda-nccl", start_on_gpu_with_nccl, shapes=(Shape(1, 2), Shape(1, 3)))
 
 IMPLEMENTATIONS = (
     Implementation(
@@ -120,7 +138,7 @@ IMPLEMENTATIONS = (
     attached("zmq", Shape(2, 1)),
     attached("grpc", Shape(2, 1)),
     attached("zmq", Shape(2, 1), tls=True),
-    *((ON_GPU,) if torch.cuda.is_available() else ()),
+    *((ON_GPU, ON_GPU_WITH_NCCL) if torch.cuda.is_available() else ()),
 )
 
 

@@ -45,3 +45,9 @@ def use_device(index: int) -> None:
     call("cuDeviceGet", ctypes.byref(device), index)
     call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
     call("cuCtxSetCurrent", context)
+
+
+def allow_others_to_capture() -> None:
+    """Lets this thread ask for events while another thread captures a graph, which by default would end the capture."""
+    thread_local = ctypes.c_int(1)
+    call("cuThreadExchangeStreamCaptureMode", ctypes.byref(thread_local))

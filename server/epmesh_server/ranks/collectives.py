@@ -82,9 +82,7 @@ class Collectives:
 
     def close(self) -> None:
         """Ends the device group; idempotent."""
-        if self._group is not None:
-            self._group.abort()
-            self._group = None
+        self._end_gloo()
 
     # What they do once all members' calls agree -----------------------------------------------------------------
 
@@ -139,6 +137,15 @@ class Collectives:
         """Every member's shapes of `tensors`, by member."""
         return [split_shapes(calls[rank].numbers, tensors) for rank in self._topology.ranks]
 
+    def _give_up(self) -> None:
+        """Ends the device group after a failed call: members cannot know who took part in what."""
+        self._end_gloo()
+
+    def _end_gloo(self) -> None:
+        if self._group is not None:
+            self._group.abort()
+            self._group = None
+
     # Inside the node -------------------------------------------------------------------------------------------
 
     def _numbered(self, call: Call, run: Callable[[dict[int, Call]], _T], timeout_s: float | None = None) -> _T:
@@ -149,7 +156,7 @@ class Collectives:
             try:
                 result = run(calls)
             except BaseException:
-                self.close()
+                self._give_up()
                 raise
         self._member.complete(self._sequence)
         return result
@@ -157,7 +164,7 @@ class Collectives:
     def _device_group(self) -> DeviceGroup:
         """The group of the local members, formed anew after a call that was given up: all members know of it."""
         if self._group is None or self._generation != self._member.abandoned:
-            self.close()
+            self._end_gloo()
             member, local = self._member, self._topology.local
             self._generation = member.abandoned
             prefix = f"{member.membership_epoch}/group/{member.group_id}/{self._generation}/{self._topology.slot}/"

@@ -60,7 +60,7 @@ class JoinedCommunicator(CheckedCommunicator):
             self.waits,
         )
         exchange = self._exchange = self._new_exchange()
-        self._collectives = Collectives(exchange)
+        self._collectives = self._new_collectives(exchange)
         self._point_to_point = PointToPoint(self._member)
         self._routings = {}
         topology = self._topology = self._member.topology
@@ -74,6 +74,10 @@ class JoinedCommunicator(CheckedCommunicator):
     def _new_exchange(self) -> Exchange:
         """The object that runs this group's exchanges until the set of ranks changes."""
         return Exchange(self._member, self._stats, self._turn)
+
+    def _new_collectives(self, exchange: Exchange) -> Collectives:
+        """The object that runs this group's collectives until the set of ranks changes."""
+        return Collectives(exchange)
 
     @property
     def cpu_group(self) -> Any:

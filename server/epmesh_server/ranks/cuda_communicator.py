@@ -1,7 +1,8 @@
 """The communicator of a joined rank whose tensors live on a GPU.
 
-Exchanges run on the device, in groups inside one node. Those of groups that span nodes, collectives and point-to-point
-messages go through the host, as those of ranks on CPU, and come back to the tensors' device: correct, and slow.
+Exchanges run on the device, in groups inside one node, and so do collectives where every rank has a GPU of its own.
+What groups that span nodes do, and point-to-point messages, goes through the host, as it does for ranks on CPU: a send
+is buffered there until it is received.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from epmesh_server.kernels.plan import MAX_WORLD_SIZE
 from epmesh_server.ranks import arguments as args
 from epmesh_server.ranks.communicator import JoinedCommunicator
 from epmesh_server.ranks.cuda_arenas import Arenas
+from epmesh_server.ranks.cuda_collectives import CudaCollectives
 from epmesh_server.ranks.cuda_exchange import CudaExchange, layout_of
 from epmesh_server.ranks.cuda_staged import StagedExchange, refuse_capture
 from epmesh_server.ranks.exchange import Exchange
@@ -35,6 +37,7 @@ class CudaCommunicator(JoinedCommunicator):
     """One group of a rank that lives in this process and has a GPU. One thread at a time may be inside a group."""
 
     _kernels: CudaExchange | None  # what runs this group's exchanges; `None` where it spans nodes
+    _collectives: CudaCollectives
 
     def __init__(self, rank: RankProcess, name: str, view: View) -> None:
         """Takes the rank's place in the group `name` of `view`."""
@@ -51,6 +54,15 @@ class CudaCommunicator(JoinedCommunicator):
         limit, kept = self.max_tokens_per_rank, self._kept.keys()
         self._kernels = CudaExchange(self._member, self._stats, self._turn, self.device, limit, kept, self._num_sms)
         return self._kernels
+
+    def _new_collectives(self, exchange: Exchange) -> CudaCollectives:
+        return CudaCollectives(exchange, self.device)
+
+    @property
+    def device_group(self) -> Any:
+        """NCCL's group of this node's members where there is one, else `cpu_group`; formed by all members together."""
+        with self._turn():
+            return self._collectives.device_group()
 
     def set_num_sms(self, num_sms: int) -> None:
         super().set_num_sms(num_sms)
@@ -76,9 +88,10 @@ class CudaCommunicator(JoinedCommunicator):
 
     def check(self) -> None:
         super().check()
-        if self._kernels is not None:
-            with self._turn(collective=False):
+        with self._turn(collective=False):
+            if self._kernels is not None:
                 self._kernels.surface()
+            self._collectives.surface()
 
     # The exchange ------------------------------------------------------------------------------------------------
 
@@ -192,42 +205,43 @@ class CudaCommunicator(JoinedCommunicator):
             found = self._tables[id(routing)] = routing, Table.of(routing, self.device)
         return found[1]
 
-    # Through the host --------------------------------------------------------------------------------------------
+    # Collectives, which take tensors on other devices too --------------------------------------------------------
 
     def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
-        return _back(super().all_reduce(_host(input_)), input_)
+        return _back(super().all_reduce(self._there(input_)), input_)
 
     def all_gather(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        return super().all_gather(_host(input_), dim).to(self.device)
+        return super().all_gather(self._there(input_), dim)
 
     def all_gatherv(
         self, input_: torch.Tensor | list[torch.Tensor], dim: int = 0, sizes: list[int] | None = None
     ) -> torch.Tensor | list[torch.Tensor]:
-        staged = [_host(tensor) for tensor in input_] if isinstance(input_, list) else _host(input_)
-        gathered = super().all_gatherv(staged, dim, sizes)
-        if isinstance(gathered, list):
-            return [tensor.to(self.device) for tensor in gathered]
-        return gathered.to(self.device)
+        staged = [self._there(each) for each in input_] if isinstance(input_, list) else self._there(input_)
+        return super().all_gatherv(staged, dim, sizes)
 
     def reduce_scatter(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        if self.world_size == 1:
-            return super().reduce_scatter(input_, dim)
-        return super().reduce_scatter(_host(input_), dim).to(self.device)
+        return super().reduce_scatter(input_ if self.world_size == 1 else self._there(input_), dim)
 
     def reduce_scatterv(self, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None) -> torch.Tensor:
-        return super().reduce_scatterv(_host(input_), dim, sizes).to(self.device)
+        return super().reduce_scatterv(self._there(input_), dim, sizes)
 
     def reduce_scatterv_into_output(
         self, input_: torch.Tensor, output: torch.Tensor, dim: int = -1, sizes: list[int] | None = None
     ) -> torch.Tensor:
-        return _back(super().reduce_scatterv_into_output(_host(input_), _host(output), dim, sizes), output)
+        scattered = super().reduce_scatterv_into_output(self._there(input_), self._there(output), dim, sizes)
+        return _back(scattered, output)
 
     def gather(self, input_: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
-        gathered = super().gather(_host(input_), dst, dim)
-        return None if gathered is None else gathered.to(self.device)
+        return super().gather(self._there(input_), dst, dim)
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
-        return _back(super().broadcast(_host(tensor), src), tensor)
+        return _back(super().broadcast(self._there(tensor), src), tensor)
+
+    def _there(self, tensor: Any) -> Any:
+        """A tensor on this rank's device; what is none as it is, to be refused with the others."""
+        return tensor.to(self.device) if isinstance(tensor, torch.Tensor) else tensor
+
+    # Through the host --------------------------------------------------------------------------------------------
 
     def send(self, tensor: torch.Tensor, dst: int | None = None) -> None:
         super().send(_host(tensor), dst)
@@ -278,5 +292,5 @@ def _host(tensor: Any) -> Any:
 
 
 def _back(result: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
-    """`into`, with the result that its copy on the host got."""
+    """`into`, with the result that its copy on another device got."""
     return into if result is into else into.copy_(result)
