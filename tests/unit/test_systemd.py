@@ -40,6 +40,16 @@ def test_a_node_takes_what_its_unit_and_the_pages_file_set(monkeypatch: pytest.M
     assert hosted.count == 8
 
 
+def test_the_pages_doctor_gets_the_settings_of_the_unit() -> None:
+    unit = (ROOT / "docker" / "systemd" / "epmesh-node.service").read_text()
+    (command,) = re.findall(r"^env (.*?) /opt/epmesh/bin/epmesh doctor$", PAGE, re.MULTILINE | re.DOTALL)
+    given = command.replace("\\\n", " ").split()
+    assert sorted(word for word in given if word.startswith("EPMESH_")) == sorted(
+        re.findall(r"^Environment=(.*)$", unit, re.MULTILINE)
+    )
+    assert "".join(re.findall(r"\$\(cat (\S+)\)", command)) in unit
+
+
 def run(name: str, directory: Path, identity: Identity, **more: str) -> dict[str, list[str]]:
     """Runs what a unit starts, with its environment and certificates made for it; returns the unit's settings."""
     text = (ROOT / "docker" / "systemd" / f"{name}.service").read_text()
