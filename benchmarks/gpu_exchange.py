@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -34,6 +34,7 @@ from epmesh.layout import Topology, make_reach, make_routing
 from epmesh.placement import linear_placement
 from epmesh.testing import LocalMesh
 
+_T = TypeVar("_T")
 _FLUSH_BYTES = 128 << 20
 _MOST_PROGRAMS = 128
 _BLOCKS, _BLOCKS_A_ROW = 8, 4
@@ -249,7 +250,7 @@ class RankBench:
             what = f"epmesh {'static' if static else 'exact'}, eager, {dtype}"
             results = [there(static)]
             self._comm.combine(results[0])
-            self._record(what, moved, lambda static=static, results=results: self._eager(sent, static, results[0]))
+            self._record(what, moved, functools.partial(self._eager, sent, static, results[0]))
         graphs = self._graphs(lambda: there_only(sent), lambda: self._comm.combine(result))
         self._record(f"epmesh static, graph, {dtype}", moved, lambda: self._replayed(graphs))
 
@@ -262,17 +263,18 @@ class RankBench:
             everything = rival_class is RIVALS[0]
             rows = len(self._inputs[0]) * (self._comm.world_size - 1) if everything else self._rows_moved()
             moved = rows * self._plan.row_bytes()
-            timed = functools.partial(_on_host, rival.there, lambda _, rival=rival, given=results: rival.back(given))
-            self._record(f"{rival.name}, eager, bf16", moved, lambda timed=timed: self._together(timed))
+            back = functools.partial(rival.back, results)
+            timed = functools.partial(_on_host, rival.there, functools.partial(_ignoring, back))
+            self._record(f"{rival.name}, eager, bf16", moved, functools.partial(self._together, timed))
             if rival.graph:
-                graphs = self._graphs(rival.there, lambda rival=rival, given=results: rival.back(given))
-                self._record(f"{rival.name}, graph, bf16", moved, lambda graphs=graphs: self._replayed(graphs))
+                graphs = self._graphs(rival.there, back)
+                self._record(f"{rival.name}, graph, bf16", moved, functools.partial(self._replayed, graphs))
 
     def time_copies(self) -> None:
         """The ceiling of each mode."""
         for what, size in self.found.bytes_moved.items():
             copies = PeerCopy(size, self._comm.rank, self._comm.world_size, self._comm.device)
-            times = [self._together(lambda copies=copies: _timed(copies.copy)) for _ in range(self._plan.warmups * 2)]
+            times = [self._together(functools.partial(_timed, copies.copy)) for _ in range(self._plan.warmups * 2)]
             self.found.copy_us[what] = statistics.median(times[self._plan.warmups :])
 
     def _record(self, what: str, moved: int, run: Callable[[], tuple[float, float]]) -> None:
@@ -302,7 +304,7 @@ class RankBench:
     def _eager(self, sent: Callable[[bool], object], static: bool, results: torch.Tensor) -> tuple[float, float]:
         return self._together(lambda: _on_host(lambda: sent(static), lambda _: self._comm.combine(results)))
 
-    def _together(self, timed: Callable[[], Any]) -> Any:
+    def _together(self, timed: Callable[[], _T]) -> _T:
         """Begins when all ranks are here, and with a cold L2 cache."""
         self._flush.zero_()
         torch.cuda.synchronize()
@@ -335,7 +337,12 @@ def there_only(sent: Callable[[bool], object]) -> object:
 def _widened(received: tuple[Any, ...]) -> torch.Tensor:
     """Quantized rows in bf16."""
     values, scales = received[0], received[-1][-1]
-    return (values.float() * scales.repeat_interleave(128, dim=1)).bfloat16()
+    widened: torch.Tensor = (values.float() * scales.repeat_interleave(128, dim=1)).bfloat16()
+    return widened
+
+
+def _ignoring(call: Callable[[], object], _: object) -> object:
+    return call()
 
 
 def _on_host(there: Callable[[], Any], back: Callable[[Any], object]) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 There = Callable[[], torch.Tensor]
@@ -23,7 +24,7 @@ _TIMEOUT_S = 60
 @contextmanager
 def nccl_group(path: Path, rank: int, world_size: int, device: torch.device) -> Iterator[None]:
     """torch's default group over NCCL, met through a file."""
-    store = dist.FileStore(str(path), world_size)
+    store = FileStore(str(path), world_size)
     timeout = timedelta(seconds=_TIMEOUT_S)
     dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device)
     try:
