@@ -25,6 +25,7 @@ from epmesh.errors import (
     StaleEpoch,
     Unauthenticated,
 )
+from epmesh.expert_major import ExpertMajor, group_by_expert
 from epmesh.placement import Placement, linear_placement
 from epmesh.router import AsyncRouter, Router
 from epmesh.router_stats import NodeLatency, RouterStats
@@ -44,6 +45,7 @@ __all__ = [
     "DeadlineExceeded",
     "DeviceCommunicator",
     "EpmeshError",
+    "ExpertMajor",
     "ExpertUnavailable",
     "GroupInfo",
     "Handle",
@@ -66,6 +68,7 @@ __all__ = [
     "View",
     "attach",
     "connect",
+    "group_by_expert",
     "join",
     "linear_placement",
 ]

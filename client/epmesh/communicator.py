@@ -236,7 +236,10 @@ class Communicator(abc.ABC):
     def allocate_combine_input(
         self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, is_sequence_parallel: bool = False
     ) -> torch.Tensor | None:
-        """A tensor that `combine` can read in place, or `None`. Not collective."""
+        """A tensor that `combine` can read in place, or `None` where it would copy it. Not collective.
+
+        It is for the exchange of the last plain dispatch: write to it between that and its combine only.
+        """
 
     @abc.abstractmethod
     def get_symmetric_memory_buffer(
