@@ -253,6 +253,18 @@ class RankBench:
             self._record(what, moved, functools.partial(self._eager, sent, static, results[0]))
         graphs = self._graphs(lambda: there_only(sent), lambda: self._comm.combine(result))
         self._record(f"epmesh static, graph, {dtype}", moved, lambda: self._replayed(graphs))
+        if dtype == "bf16":
+            self._time_in_place(sent, moved)
+
+    def _time_in_place(self, sent: Callable[[bool], object], moved: int) -> None:
+        """Combines of results that stand where peers read them; the dispatch is as without."""
+        result = self._comm.dispatch(*self._inputs, static=True)[0]
+        buffer = self._comm.allocate_combine_input(result.shape, result.dtype, result.device)
+        if buffer is None:
+            raise InvalidRequest(f"no memory for results in place, of shape {list(result.shape)}")
+        self._check(self._comm.combine(buffer.copy_(result)), exact=True)
+        graphs = self._graphs(lambda: there_only(sent), lambda: self._comm.combine(buffer))
+        self._record("epmesh static, graph, in place, bf16", moved, lambda: self._replayed(graphs))
 
     def time_rivals(self) -> None:
         """Over torch's default group."""

@@ -48,10 +48,13 @@ def mesh(ranks: int = 3, num_experts: int = 6, exchange_timeout_s: float = 60.0,
     )
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_captured_exchange_is_replayed_with_another_routing_every_time(ranks: int, replays: int) -> None:
+def test_a_captured_exchange_is_replayed_with_another_routing_and_placement(
+    ranks: int, in_place: bool, replays: int
+) -> None:
     with mesh(ranks, works.EXPERTS_A_RANK * ranks) as ranks_of_one_gpu:
-        for seen in ranks_of_one_gpu.run(works.replay, 11, replays):
+        for seen in ranks_of_one_gpu.run(works.replay, 11, replays, in_place):
             assert seen.wrong == 0, seen
 
 
@@ -61,6 +64,19 @@ def test_a_graph_cannot_capture_an_exchange_between_nodes() -> None:
             assert "spans 2 nodes; its exchanges go through the host" in refusal, refusal
             assert refusal.startswith("InvalidRequest: ")
             assert total == [1.0, 1.0]
+
+
+def test_a_graph_whose_routing_has_another_form_now_says_so_and_the_group_goes_on() -> None:
+    with mesh(3, 3) as three:
+        for stale, total in three.run(works.replay_what_has_no_replicas):
+            assert "had other numbers of experts or replicas; capture anew" in stale
+            assert total == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_exact_results_may_be_made_where_peers_read_them(ranks: int) -> None:
+    with mesh(ranks, works.EXPERTS_A_RANK * ranks) as ranks_of_one_gpu:
+        assert ranks_of_one_gpu.run(works.combine_in_place, 40) == [0] * ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -35,8 +35,11 @@ def mixture(rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, held: 
     return torch.where(scale != 0, rows.float() * scale, 0.0)
 
 
-def replay(comm: Communicator, tokens: int, times: int) -> Replays:
-    """Captures a static dispatch and combine once, and replays them with other rows and another routing every time."""
+def replay(comm: Communicator, tokens: int, times: int, in_place: bool = False) -> Replays:
+    """Captures a static dispatch and combine once, and replays them with other rows and another routing every time.
+
+    In the middle all experts move to the next rank. With `in_place`, results are made where peers read them.
+    """
     num_experts = EXPERTS_A_RANK * comm.world_size
     device = comm.device
     held = torch.zeros(num_experts, dtype=torch.bool, device=device)
@@ -56,7 +59,12 @@ def replay(comm: Communicator, tokens: int, times: int) -> Replays:
 
     def exchange() -> torch.Tensor:
         received, its_weights, its_ids = comm.dispatch(rows, weights, ids, static=True)
-        return comm.combine(mixture(received, its_weights, its_ids, held))
+        results = mixture(received, its_weights, its_ids, held)
+        if in_place:
+            buffer = comm.allocate_combine_input(results.shape, results.dtype, device)
+            assert buffer is not None
+            results = buffer.copy_(results)
+        return comm.combine(results)
 
     refill()
     exchange()  # makes the memory and compiles
@@ -65,7 +73,11 @@ def replay(comm: Communicator, tokens: int, times: int) -> Replays:
     with torch.cuda.graph(graph):
         output = exchange()
     seen = Replays()
-    for _ in range(times):
+    for number in range(times):
+        if number == times // 2:
+            first = (comm.rank + 1) % comm.world_size * EXPERTS_A_RANK
+            comm.set_expert_placement(num_experts, range(first, first + EXPERTS_A_RANK))
+            held.zero_()[first : first + EXPERTS_A_RANK] = True
         refill()
         graph.replay()
         wanted = mixture(rows, weights, ids, everything)
@@ -74,6 +86,54 @@ def replay(comm: Communicator, tokens: int, times: int) -> Replays:
         seen.worst = max(seen.worst, error)
         seen.wrong += error > 1e-4
     return seen
+
+
+def replay_what_has_no_replicas(comm: Communicator) -> tuple[str, list[float]]:
+    """Replays a graph once expert 0 has a replica, between which rank 2 has to choose; what that raises, and what an
+    exchange then gives."""
+    rows, weights = torch.ones(2, 8, device=comm.device), torch.ones(2, 1, device=comm.device)
+    ids = torch.zeros(2, 1, dtype=torch.int64, device=comm.device)
+
+    def exchange() -> torch.Tensor:
+        return comm.combine(comm.dispatch(rows, weights, ids, static=True)[0])
+
+    exchange()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        exchange()
+    graph.replay()
+    torch.cuda.synchronize()
+    comm.check()
+    comm.set_expert_placement(3, [[0], [0, 1], [2]][comm.rank])
+    graph.replay()
+    torch.cuda.synchronize()
+    stale = _error(comm.check)
+    total = exchange()
+    torch.cuda.synchronize()
+    comm.check()
+    return stale, total[:, 0].tolist()
+
+
+def combine_in_place(comm: Communicator, times: int) -> int:
+    """Exact exchanges whose results every second rank makes where peers read them; how many gave wrong sums."""
+    num_experts, device, wrong = EXPERTS_A_RANK * comm.world_size, comm.device, 0
+    held = torch.zeros(num_experts, dtype=torch.bool, device=device)
+    held[comm.rank * EXPERTS_A_RANK : (comm.rank + 1) * EXPERTS_A_RANK] = True
+    for number in range(times):
+        rows = torch.randn(11, HIDDEN, device=device).bfloat16()
+        weights = torch.rand(11, TOPK, device=device)
+        ids = torch.rand(11, num_experts, device=device).argsort(dim=1)[:, :TOPK].contiguous()
+        received, its_weights, its_ids = comm.dispatch(rows, weights, ids)
+        results = mixture(received, its_weights, its_ids, held)
+        if (number + comm.rank) % 2:
+            buffer = comm.allocate_combine_input(results.shape, results.dtype, device)
+            assert (buffer is None) == (not len(results))
+            results = results if buffer is None else buffer.copy_(results)
+        total, wanted = comm.combine(results), mixture(rows, weights, ids, torch.ones_like(held))
+        comm.check()
+        wrong += not torch.allclose(total, wanted, rtol=1e-4, atol=1e-4)
+    return wrong
 
 
 def refuse_one_static(comm: Communicator, victim: int) -> tuple[str, list[float]]:

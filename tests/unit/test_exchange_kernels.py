@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,8 +71,8 @@ def assert_rows(found: list[torch.Tensor], wanted: reference.Received) -> None:
         assert torch.equal(reference.as_bytes(one.cpu()), reference.as_bytes(other))
 
 
-def check_exact(ranks: KernelRanks, each: Exchange, placement: Placement | None) -> None:
-    """One exchange of all ranks, held against the reference."""
+def check_exact(ranks: KernelRanks, each: Exchange, placement: Placement | None, in_place: Sequence[int] = ()) -> None:
+    """One exchange of all ranks, held against the reference; those `in_place` write results where peers read them."""
     world = len(each.tokens)
     inputs = [each.rows(position) for position in range(world)]
     wanted = reference.dispatch(group(world), inputs, placement)
@@ -82,7 +82,11 @@ def check_exact(ranks: KernelRanks, each: Exchange, placement: Placement | None)
     for found, expected in zip(received, wanted, strict=True):
         assert_rows(found, expected)
     results = [each.results(expected.hidden_states, rank) for rank, expected in enumerate(wanted)]
-    sums = ranks.combine([result.to(ranks.device) for result in results], sent, stamp, slot=stamp % 2)
+    brought = [
+        ranks.in_place(rank, result, stamp % 2) if rank in in_place and len(result) else result.to(ranks.device)
+        for rank, result in enumerate(results)
+    ]
+    sums = ranks.combine(brought, sent, stamp, slot=stamp % 2)
     for lane in ranks.lanes:
         assert lane.report() is None
     expected_sums = reference.combine(group(world), list(each.tokens), [one.origins for one in wanted], results)
@@ -108,6 +112,88 @@ def test_sums_are_formed_in_wide_precision_and_rounded_once(dtype: torch.dtype) 
     ranks = KernelRanks(3, DEVICE)
     check_exact(ranks, case(3, combine_dtype=dtype, combine_hidden=24), linear(3))
     check_exact(ranks, case(3, combine_dtype=dtype, combine_hidden=3), linear(3))
+
+
+@pytest.mark.parametrize("in_place", [(0, 1, 2), (1,)])
+def test_results_may_stand_where_the_others_read_them_on_some_ranks_or_all(in_place: tuple[int, ...]) -> None:
+    ranks = KernelRanks(3, DEVICE)
+    for number, hidden in enumerate((24, 8, 24)):
+        check_exact(ranks, case(3, seed=number, combine_hidden=hidden), linear(3), in_place)
+
+
+def test_of_results_that_do_not_fit_in_place_or_are_oddly_wide_none_stand_there() -> None:
+    lane, plan = (ranks := KernelRanks(2, DEVICE)).lanes[0], ranks.plan
+    assert lane.room_in_place(0, 5, 24) is None
+    assert lane.room_in_place(0, 0, 16) is None
+    assert lane.room_in_place(0, plan.in_place_bytes // 16 + 1, 16) is None
+    found = [lane.room_in_place(slot, plan.in_place_bytes // 16, 16) for slot in range(2)]
+    starts = [plan.out_at + slot * plan.slot_stride + plan.in_place_at for slot in range(2)]
+    assert found == starts
+    assert starts[1] + plan.in_place_bytes <= plan.total_bytes
+
+
+def static_inputs() -> list[reference.Rows]:
+    """Of two ranks: small whole numbers, each row for one expert."""
+    each = case(2, seed=5, hidden=16, dtype=torch.float32, topk=1)
+    inputs = [each.rows(position) for position in range(2)]
+    for position, rows in enumerate(inputs):
+        rows.hidden_states.copy_(torch.arange(rows.hidden_states.numel()).view(rows.hidden_states.shape) + position)
+    return inputs
+
+
+def static_case(ranks: KernelRanks, placement: Placement, in_place: Sequence[int], rows: list[Any] | None) -> list[Any]:
+    """A static exchange of two ranks, where every row's result is itself; `rows` from an earlier one or new."""
+    inputs = static_inputs()
+    rows = rows or ranks.rows(inputs, placement)
+    sent, outputs = ranks.dispatch_static(rows, 10)
+    brought = [
+        ranks.in_place(me, found[0], 1) if me in in_place else found[0].clone() for me, found in enumerate(outputs)
+    ]
+    sums = ranks.combine(brought, sent, slot=1)
+    for given, total in zip(inputs, sums, strict=True):
+        assert torch.equal(total.cpu(), given.hidden_states)
+    for me, found in enumerate(outputs):
+        assert set(found[2].flatten().tolist()) - {-1} <= set(placement.experts_of[me])
+    return rows
+
+
+@pytest.mark.parametrize("in_place", [(0, 1), (0,)])
+def test_static_results_may_stand_in_place_whatever_the_device_counts(in_place: tuple[int, ...]) -> None:
+    ranks = KernelRanks(2, DEVICE, counted=True)
+    for _ in range(3):
+        static_case(ranks, linear(2), in_place, None)
+    assert [lane.report() for lane in ranks.lanes] == [None, None]
+
+
+def test_what_goes_by_a_table_goes_by_another_placement_once_the_table_follows_it() -> None:
+    from epmesh_server.kernels.lane import Table
+
+    ranks, swapped = KernelRanks(2, DEVICE, counted=True), Placement(5, {0: (3, 4), 1: (0, 1, 2)})
+    rows = static_case(ranks, linear(2), (), None)
+    followed = [
+        each.table.follow(there.table.routing) for each, there in zip(rows, other_rows(ranks, swapped), strict=True)
+    ]
+    for each, table in zip(rows, followed, strict=True):
+        assert isinstance(table, Table)
+        assert table.entries.data_ptr() == each.table.entries.data_ptr()
+    static_case(ranks, swapped, (), rows)  # with the rows, and the table, of before
+
+
+def test_a_table_that_cannot_follow_says_so_and_once_retired_is_reported_by_all() -> None:
+    ranks = KernelRanks(2, DEVICE, counted=True)
+    rows = static_case(ranks, linear(2), (), None)
+    wider = Placement(6, {0: (0, 1, 2), 1: (3, 4, 5)})
+    assert rows[0].table.follow(other_rows(ranks, wider)[0].table.routing) is None
+    for each in rows:
+        each.table.retire()
+    _, outputs = ranks.dispatch_static(rows, 10)
+    reports = [lane.report() for lane in ranks.lanes]
+    assert [(each.source, each.code) for each in reports if each is not None] == [(0, Code.OLD_TABLE)] * 2
+    assert all((found[2] == -1).all() for found in outputs)
+
+
+def other_rows(ranks: KernelRanks, placement: Placement) -> list[Any]:
+    return ranks.rows(static_inputs(), placement)
 
 
 def test_without_a_placement_every_row_goes_to_every_rank() -> None:

@@ -90,8 +90,15 @@ def test_reports_come_back_as_they_were_written(source: int, code: Code, value: 
 
 def test_the_lowest_sources_report_counts() -> None:
     words = [encode(source, code) for source in range(3) for code in Code]
-    assert decode(max(words)) == Report(0, Code.AHEAD, 0)
+    assert decode(max(words)) == Report(0, max(Code), 0)
     assert decode(0) is None
+
+
+def test_a_graph_with_an_old_table_is_told_to_be_captured_anew() -> None:
+    error = error_of(Report(2, Code.OLD_TABLE, 3), 7, "an exchange")
+    assert isinstance(error, InvalidRequest)
+    assert "rank 7" in str(error)
+    assert "capture anew" in str(error)
 
 
 def test_counts_of_an_older_exchange_are_not_taken() -> None:

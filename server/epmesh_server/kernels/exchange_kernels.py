@@ -21,6 +21,7 @@ MISMATCH = tl.constexpr(4)
 LATE = tl.constexpr(5)
 ABORTED = tl.constexpr(6)
 AHEAD = tl.constexpr(7)
+OLD_TABLE = tl.constexpr(8)
 
 # `words`: host to device, then device to host. `local`: of this rank's device alone.
 ABORT = tl.constexpr(0)
@@ -199,7 +200,7 @@ def _targets(
     wanted = (number >= 0) & (number < num_experts)
     entry = _halves(table) + tl.where(wanted, number, 0) * (CHOICES + 2)
     count = tl.load(entry, mask=wanted, other=1)
-    gone = wanted & (count == 0)
+    gone = wanted & (count <= 0)
     replicated = tl.load(entry + 1, mask=wanted, other=0)
     if CHOICES > 1:
         place = tl.load(_halves(turns) + _wide(row) * TOPK + k, mask=wanted, other=0)
@@ -209,6 +210,7 @@ def _targets(
     target = tl.load(entry + 2 + turn, mask=wanted & (count > 0), other=-1)
     clamped = tl.minimum(tl.maximum(number, -134217728), 134217727).to(tl.int32)
     code = tl.max(tl.where(bad, BAD_ID, tl.where(gone, NO_HOLDER, 0)), axis=0)
+    code = tl.where(tl.max((wanted & (count < 0)).to(tl.int32), axis=0) != 0, OLD_TABLE, code)
     worst_bad = tl.max(tl.where(bad, clamped, -134217728), axis=0)
     worst_gone = tl.max(tl.where(gone, clamped, -134217728), axis=0)
     return number, target, replicated, code, tl.where(code == BAD_ID, worst_bad, worst_gone)
@@ -466,6 +468,7 @@ def take_rows(
     do_not_specialize=[
         *["results", "output", "hits", "bases", "own", "words", "local", "tokens", "positions", "num_tokens", "stamp"],
         *["signature", "refusal", "limit", "slot", "me", "rows", "flags_at", "heads_at", "out_at", "out_stride"],
+        *["slot_stride", "in_place", "in_place_at"],
     ]
 )
 def combine(
@@ -489,7 +492,10 @@ def combine(
     flags_at: tl.int64,
     heads_at: tl.int64,
     out_at: tl.int64,
-    out_stride: tl.int64,
+    out_stride: tl.int64,  # between the results for one source and the next, packed
+    slot_stride: tl.int64,
+    in_place: tl.int32,  # 0: results are copied; 1 + slot: they stand in that slot's memory already
+    in_place_at: tl.int64,  # in a slot
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
     NARROW: tl.constexpr,  # the dtype of results and sums
@@ -519,16 +525,18 @@ def combine(
     if PUT:
         if usable:
             for source in tl.static_range(WORLD):
-                shown = own + out_at + (slot * WORLD + source).to(tl.int64) * out_stride
+                shown = own + out_at + slot.to(tl.int64) * slot_stride + out_stride * source
                 if STATIC:
                     bound = slot * 0 + rows
                 else:
                     bound = tl.load(_halves(tokens) + source)
-                if refusal != 0:
+                if (refusal != 0) | (STATIC & (in_place != 0)):
                     bound = 0
                 for row in range(p, bound, programs):
                     place = tl.load(_halves(positions) + source * rows + row)
-                    if place >= 0:
+                    if in_place != 0:  # only where they stand is told, which in static mode everybody knows
+                        tl.store(_halves(shown) + row, place)
+                    elif place >= 0:
                         _copy_row(
                             results + _wide(place) * WIDTH,
                             shown + _wide(row) * WIDTH,
@@ -546,24 +554,27 @@ def combine(
                 stamp,
                 num_tokens,
                 refusal,
-                refusal * 0,
+                in_place,
                 signature,
                 WORLD,
                 programs,
             )
     if TAKE:
         good = usable
+        theirs_in_place = tl.full((), 0, tl.int32)  # two bits a rank: 0, or 1 + slot
         for source in tl.static_range(WORLD):
             if usable:
                 code, value, _ = _await_source(
                     own, flags_at, heads_at, slot * WORLD + source, stamp, words, limit, signature, programs, CLOCK
                 )
                 if code != 0:
-                    _report(local, words, p * 0 + source, code, value, True)
+                    _report(local, words, p * 0 + source, code, p * 0, True)
                     usable = code < LATE
                     good = code < 0
                     if COUNTED:
                         tl.store(_words(local) + BROKEN + 1, number)
+                else:
+                    theirs_in_place |= value << (2 * source)
         if good:
             for row in range(p, num_tokens, programs):
                 went = tl.load(_halves(hits) + row)
@@ -572,12 +583,21 @@ def combine(
                     inside = at < HIDDEN
                     total = tl.zeros((BLOCK,), WIDE)
                     for peer in tl.static_range(WORLD):
-                        shown = bases[peer] + out_at + (slot * WORLD + me).to(tl.int64) * out_stride
-                        theirs = (shown + _wide(row) * WIDTH).to(tl.pointer_type(NARROW))
+                        there = (went >> peer) & 1 != 0
+                        shown = bases[peer] + out_at + slot.to(tl.int64) * slot_stride + out_stride * me
+                        at_slot = (theirs_in_place >> (2 * peer)) & 3
+                        from_row = shown + _wide(row) * WIDTH
+                        if at_slot != 0:
+                            if STATIC:
+                                place = me * rows + row
+                            else:
+                                place = tl.load(_halves(shown) + row, mask=there, other=0)
+                            made = bases[peer] + out_at + (at_slot - 1).to(tl.int64) * slot_stride + in_place_at
+                            from_row = made + _wide(place) * WIDTH
+                        theirs = from_row.to(tl.pointer_type(NARROW))
                         if UNIT == 16:
                             theirs = tl.multiple_of(theirs, 16)
-                        there = inside & ((went >> peer) & 1 != 0)
-                        total += tl.load(theirs + at, mask=there, other=0).to(WIDE)
+                        total += tl.load(theirs + at, mask=inside & there, other=0).to(WIDE)
                     tl.store(
                         output.to(tl.pointer_type(NARROW)) + _wide(row) * HIDDEN + at, total.to(NARROW), mask=inside
                     )

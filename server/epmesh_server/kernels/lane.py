@@ -6,7 +6,7 @@ A lane whose stamps the host gives serves exact mode; one that counts on the dev
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +29,7 @@ _ABORT, _REPORT, _TURN = 0, 1, 2  # words that host and device share; of each tu
 _WORST_SHOWN, _BROKEN, _COUNTERS = 1, 2, 8  # words of the device
 _IDS_AT = 2
 _MOST_AT_ONCE = 2048
+_MOST_ALIGNED = 16  # bytes
 
 _ALL_PHASES = (True, True)
 
@@ -41,7 +42,8 @@ class Table:
 
     Attributes:
         entries: ``[num_experts, 2 + choices]`` int32 on the device: how many ranks hold the expert for this source,
-            whether there are replicas, and the ranks (-1: another rank with the same tokens sends there).
+            whether there are replicas, and the ranks (-1: another rank with the same tokens sends there). Captured
+            graphs hold the address.
         first_turn: where the turns among replicas start.
         routing: what it was made from.
     """
@@ -58,9 +60,22 @@ class Table:
     @classmethod
     def of(cls, routing: Routing, device: torch.device) -> Table:
         """Copies a routing to the device."""
-        head = np.stack([np.where(routing.available, np.maximum(routing.counts, 1), 0), routing.replicated], axis=1)
-        entries = np.concatenate([head, routing.candidates], axis=1).astype(np.int32)
-        return cls(torch.from_numpy(entries).to(device), routing.turn, routing)
+        return cls(_entries_of(routing).to(device), routing.turn, routing)
+
+    def follow(self, routing: Routing) -> Table | None:
+        """This table with another routing in the same place, for graphs too; `None` where the form is another.
+
+        Nothing that runs on the device may read the table meanwhile.
+        """
+        entries = _entries_of(routing)
+        if entries.shape != self.entries.shape or routing.turn != self.first_turn:
+            return None
+        self.entries.copy_(entries)
+        return replace(self, routing=routing)
+
+    def retire(self) -> None:
+        """Has whatever still goes by this table report that it is an old one, and send nothing."""
+        self.entries[:, 0] = -1
 
 
 @dataclass(frozen=True)
@@ -315,7 +330,8 @@ class Lane:
         """Shows results, and sums everybody's for this rank's own rows.
 
         Args:
-            results: ``[rows, hidden]``, contiguous, one for each returned row.
+            results: ``[rows, hidden]``, contiguous, one for each returned row; not copied where they stand in the
+                slot's memory for it.
             output: ``[num_tokens, hidden]``, contiguous; `None`: a new one.
 
         Returns:
@@ -359,7 +375,8 @@ class Lane:
                 *(self._address(sent.tokens), self._address(sent.positions), sent.num_tokens),
                 *(self._base_stamp if self.counted else stamp, signature, int(Code.REFUSED) if refused else 0),
                 *(self._limit, slot, self._me, sent.rows),
-                *(plan.out_flags_at, plan.out_heads_at, plan.out_at, plan.out_stride),
+                *(plan.out_flags_at, plan.out_heads_at, plan.out_at, plan.rows * width, plan.slot_stride),
+                *(self.in_place(results, slot), plan.in_place_at),
             ),
             lambda: {
                 "HIDDEN": results.shape[1],
@@ -377,6 +394,21 @@ class Lane:
                 "CLOCK": self._clock,
             },
         )
+
+    def room_in_place(self, slot: int, num_rows: int, width: int) -> int | None:
+        """Where in the arena results can be written so that peers read them there; `None`: nowhere.
+
+        Free from when the slot's dispatch is done on the device until its combine is.
+        """
+        if width % _MOST_ALIGNED or not 0 < num_rows * width <= self.plan.in_place_bytes:
+            return None
+        return self.plan.out_at + slot * self.plan.slot_stride + self.plan.in_place_at
+
+    def in_place(self, results: torch.Tensor, slot: int) -> int:
+        """What the kernel is told: 0 where results have to be copied, else 1 + the slot whose memory they are in."""
+        width, rows = row_bytes(results), len(results)
+        at = self.room_in_place(slot, rows, width)
+        return 1 + slot if at is not None and results.data_ptr() == self._bases[self._me] + at else 0
 
     def check_results(self, width: int) -> None:
         """Refuses results of `width` bytes a row that the arenas do not hold.
@@ -498,6 +530,11 @@ class Lane:
     def _address(self, tensor: torch.Tensor | None) -> int:
         """Of the data; some address that is never read where there is none."""
         return (tensor.data_ptr() if tensor is not None else 0) or self._bases[self._me]
+
+
+def _entries_of(routing: Routing) -> torch.Tensor:
+    head = np.stack([np.where(routing.available, np.maximum(routing.counts, 1), 0), routing.replicated], axis=1)
+    return torch.from_numpy(np.concatenate([head, routing.candidates], axis=1).astype(np.int32))
 
 
 def _blocks(widths: Sequence[int], units: Sequence[int]) -> tuple[int, ...]:

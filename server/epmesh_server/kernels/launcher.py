@@ -150,7 +150,7 @@ class Launcher:
         made = dict(constants())
         function = _load(kernel, arguments, made, self._device)
         launch = Launch(function, kernel.arg_names, programs, arguments)
-        for world_size in range(made["WORLD"] - 1, 0, -1):
+        for world_size in range(made.get("WORLD", 1) - 1, 0, -1):
             precompiler.add(world_size, functools.partial(_compile_for, world_size, kernel, arguments, made))
         return launch
 

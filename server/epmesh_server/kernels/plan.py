@@ -96,6 +96,21 @@ class ArenaPlan:
         return _aligned(self.out_bytes)
 
     @property
+    def slot_stride(self) -> int:
+        """Bytes from one slot's results to the next one's."""
+        return self.world_size * self.out_stride
+
+    @property
+    def in_place_at(self) -> int:
+        """In a slot, where results stand that their maker writes itself, as it returns them: its second half."""
+        return _aligned(self.slot_stride // 2)
+
+    @property
+    def in_place_bytes(self) -> int:
+        """Bytes of results that a slot has room for in place; copied ones, too, where they are no wider."""
+        return self.slot_stride - self.in_place_at
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of the arena."""
         return self.out_at + SLOTS * self.world_size * self.out_stride

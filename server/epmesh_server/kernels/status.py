@@ -26,6 +26,7 @@ class Code(enum.IntEnum):
     LATE = 5  # the source did not come within the limit
     ABORTED = 6  # the host gave up
     AHEAD = 7  # the source went on without this rank
+    OLD_TABLE = 8  # the source replayed a graph whose routing table a placement of another form has replaced
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ def error_of(report: Report, rank: int, what: str) -> EpmeshError:
         return InvalidRequest(f"{what} on rank {rank} was refused; the error that was raised there says why")
     if report.code is Code.MISMATCH:
         return InvalidRequest(f"{what}: rank {rank} called with other shapes, dtypes or arguments than this rank")
+    if report.code is Code.OLD_TABLE:
+        return InvalidRequest(
+            f"a CUDA graph was replayed on rank {rank} whose placement had other numbers of experts or replicas; "
+            f"capture anew"
+        )
     text = {Code.LATE: "did not arrive in time", Code.AHEAD: "went on without this rank"}
     problem = text.get(report.code, "was waited for when the call was given up")
     return DeadlineExceeded(rank, message=f"{what}: rank {rank} {problem}")

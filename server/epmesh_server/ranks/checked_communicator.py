@@ -347,7 +347,8 @@ class CheckedCommunicator(Communicator):
     def allocate_combine_input(
         self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, is_sequence_parallel: bool = False
     ) -> torch.Tensor | None:
-        if torch.device(device).type != "cpu" or len(shape) != 2:
+        wanted = torch.device(device)
+        if wanted.type != self.device.type or wanted.index not in (None, self.device.index) or len(shape) != 2:
             return None
         with self._turn():
             return self._exchange.combine_buffer(shape[0], shape[1], dtype)

@@ -47,6 +47,11 @@ class Arenas:
             self.close()
             raise
 
+    def lend(self, at: int, size: int) -> torch.Tensor:
+        """``[size]`` uint8 of this rank's own arena, from byte `at` on; it keeps the memory."""
+        assert self._own is not None
+        return self._own.lend(at, size)
+
     def close(self) -> None:
         """Unmaps and frees everything, once this device is done; idempotent. Peers may go on using what they mapped."""
         peers, self._peers = self._peers, []

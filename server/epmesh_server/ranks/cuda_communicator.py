@@ -7,6 +7,7 @@ is buffered there until it is received.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -16,17 +17,20 @@ import torch
 from epmesh.communicator import Handle
 from epmesh.errors import InvalidRequest
 from epmesh.layout import Layout, Routing
+from epmesh.placement import Placement
 from epmesh.quantization import quantized
 from epmesh.tensors import row_tensors
 from epmesh.view import View
-from epmesh_server.kernels.lane import Lane, Rows, Table
+from epmesh_server.kernels.lane import Lane, Rows
 from epmesh_server.kernels.plan import MAX_WORLD_SIZE
+from epmesh_server.kernels.quantizer import Quantizer
 from epmesh_server.ranks import arguments as args
 from epmesh_server.ranks.communicator import JoinedCommunicator
 from epmesh_server.ranks.cuda_arenas import Arenas
 from epmesh_server.ranks.cuda_collectives import CudaCollectives
 from epmesh_server.ranks.cuda_exchange import CudaExchange, layout_of
 from epmesh_server.ranks.cuda_staged import StagedExchange, refuse_capture
+from epmesh_server.ranks.cuda_tables import Key, RoutingTables
 from epmesh_server.ranks.exchange import Exchange
 
 if TYPE_CHECKING:
@@ -41,13 +45,13 @@ class CudaCommunicator(JoinedCommunicator):
 
     def __init__(self, rank: RankProcess, name: str, view: View) -> None:
         """Takes the rank's place in the group `name` of `view`."""
-        self._tables: dict[int, tuple[Routing, Table]] = {}  # by id: a routing is known by itself
         self._kept: dict[Lane, Arenas] = {}  # of older epochs; CUDA graphs captured then must find memory if replayed
         self._num_sms: int | None = None
+        self._quantizer = Quantizer(rank.device)
         super().__init__(rank, name, view)
 
     def _new_exchange(self) -> Exchange:
-        self._tables = {}
+        self._tables = RoutingTables(self.device)
         if self._member.topology.remote_slots:
             self._kernels = None
             return StagedExchange(self._member, self._stats, self._turn, self.device)
@@ -89,6 +93,7 @@ class CudaCommunicator(JoinedCommunicator):
     def check(self) -> None:
         super().check()
         with self._turn(collective=False):
+            self._follow_placement()
             if self._kernels is not None:
                 self._kernels.surface()
             self._collectives.surface()
@@ -107,8 +112,7 @@ class CudaCommunicator(JoinedCommunicator):
         static: bool = False,
         quantize: str | None = None,
     ) -> tuple[Any, ...]:
-        if quantize is not None:
-            hidden_states, extra_tensors = quantized(hidden_states, extra_tensors, quantize)
+        hidden_states, extra_tensors = self._quantized(hidden_states, extra_tensors, quantize)
         tensors = (hidden_states, topk_weights, topk_ids)
         given = _plain(tensors if extra_tensors is None else (*tensors, *row_tensors([], extra_tensors)))
         kernels = self._kernels
@@ -132,6 +136,33 @@ class CudaCommunicator(JoinedCommunicator):
             received = super().dispatch(*tensors, is_sequence_parallel, extra_tensors, layer=layer, static=static)
             kernels.prepare(key, given)
         return received
+
+    def dispatch_async(
+        self,
+        hidden_states: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        is_sequence_parallel: bool = False,
+        extra_tensors: list[torch.Tensor] | None = None,
+        *,
+        layer: int | None = None,
+        static: bool = False,
+        quantize: str | None = None,
+    ) -> Handle:
+        hidden_states, extra_tensors = self._quantized(hidden_states, extra_tensors, quantize)
+        return super().dispatch_async(
+            hidden_states, topk_weights, topk_ids, is_sequence_parallel, extra_tensors, layer=layer, static=static
+        )
+
+    def _quantized(self, hidden_states: Any, extra_tensors: Any, quantize: str | None) -> tuple[Any, Any]:
+        """As `epmesh.quantization.quantized`, by one kernel where it takes the rows."""
+        extra = [] if extra_tensors is None else extra_tensors
+        if quantize != "fp8" or not isinstance(extra, list) or not self._quantizer.takes(hidden_states):
+            return quantized(hidden_states, extra_tensors, quantize)
+        switch = torch.cuda.current_device() != self.device.index
+        with torch.cuda.device(self.device) if switch else contextlib.nullcontext():
+            rows, scales = self._quantizer(hidden_states)
+        return rows, [*extra, scales]
 
     def combine(
         self, hidden_states: torch.Tensor, is_sequence_parallel: bool = False, *, handle: Handle | None = None
@@ -193,17 +224,30 @@ class CudaCommunicator(JoinedCommunicator):
             )
         reach = self._reach(is_sequence_parallel)
         eligible = sum(1 << position for position in reach.eligible)
-        table = None if routing is None else self._table(routing)
+        table = None if routing is None else self._tables.table(self._key_of(routing), routing)
         return layout_of(Rows(tuple(tensor.contiguous() for tensor in tensors), table, eligible, has_ids))
 
-    def _table(self, routing: Routing) -> Table:
-        """A routing on the device, copied when first used."""
-        found = self._tables.get(id(routing))
-        if found is None:
-            live = {id(each) for each in self._routings.values()}
-            self._tables = {key: each for key, each in self._tables.items() if id(each[0]) in live}
-            found = self._tables[id(routing)] = routing, Table.of(routing, self.device)
-        return found[1]
+    def _key_of(self, routing: Routing) -> Key:
+        """The layer of a routing, and whether it is sequence parallel."""
+        return next((layer, parallel) for (_, layer, parallel), each in self._routings.items() if each is routing)
+
+    def _routing(self, layer: int | None, is_sequence_parallel: bool) -> Routing | None:
+        self._follow_placement()
+        return super()._routing(layer, bool(is_sequence_parallel))
+
+    def _follow_placement(self) -> None:
+        """Has routing tables on the device, and graphs that go by them, follow the newest placement."""
+        self._tables.follow(self.view.epoch, super()._routing)
+
+    def _commit_placement(self, placement: Placement, layer: int | None) -> None:
+        super()._commit_placement(placement, layer)
+        self._follow_placement()
+
+    def wait_ready(self, timeout_s: float | None = None) -> tuple[View, int]:
+        found = super().wait_ready(timeout_s)
+        with self._turn(collective=False):
+            self._follow_placement()
+        return found
 
     # Collectives, which take tensors on other devices too --------------------------------------------------------
 

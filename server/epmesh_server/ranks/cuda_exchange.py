@@ -99,6 +99,7 @@ class CudaExchange(Exchange):
         self._older = older
         self._num_sms = num_sms
         self._sent: dict[OpenExchange, Sent] = {}
+        self.lent: set[OpenExchange] = set()  # open, and given memory for their results
         self._prepared: dict[Hashable, PreparedDispatch] = {}
         self._stream: torch.cuda.Stream | None = None
         self._stream_number = -1
@@ -266,7 +267,7 @@ class CudaExchange(Exchange):
         if not movable(hidden_states, index) or (output is not None and not _takes(output, hidden_states, call, index)):
             return None
         stream = self._quick_stream(call.lane)
-        if stream is None:
+        if stream is None or self.lent - {exchange}:
             return None
         if not static:
             try:
@@ -274,7 +275,7 @@ class CudaExchange(Exchange):
             except EpmeshError:
                 return None  # on the long way it is raised again, and has its consequences
         flag = None if static else self.member.flag(exchange.sequence)
-        result = call.launch_combine(found[exchange.slot], hidden_states, output, stream, flag)
+        result = call.launch_combine(found[exchange.slot], hidden_states, exchange.slot, output, stream, flag)
         self._close(exchange)
         return result
 
@@ -319,8 +320,35 @@ class CudaExchange(Exchange):
             return super().combine(hidden_states, handle, is_sequence_parallel, output)
 
     def combine_buffer(self, num_rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """There is none yet: results are copied once."""
-        return None
+        """Memory of the arena in which peers read a plain combine's input in place; `None` where it would be copied.
+
+        It is for rows whose bytes 16 divides, up to half as wide as the widest that the arenas were made for.
+        """
+        exchange = self._last
+        if exchange is None or num_rows != exchange.num_returned:
+            return None
+        lane = exchange.lane if isinstance(exchange, StaticExchange) else self.exact
+        if lane is None or lane not in (self._static, self.exact):
+            return None
+        width = hidden * dtype.itemsize
+        at = lane.room_in_place(exchange.slot, num_rows, width)
+        if at is None:
+            return None
+        self.lent.add(exchange)
+        return self._arenas[lane].lend(at, num_rows * width).view(dtype).view(num_rows, hidden)
+
+    def check_lent(self, exchange: OpenExchange, lane: Lane, width: int) -> None:
+        """Refuses results that would be copied over those that another open exchange has in place.
+
+        Raises:
+            InvalidRequest: with the mend.
+        """
+        most = lane.plan.in_place_at // (lane.plan.world_size * lane.plan.rows)
+        if width > most and self.lent - {exchange}:
+            raise InvalidRequest(
+                f"results of {width} bytes a row while another exchange has a buffer of allocate_combine_input; "
+                f"combine that one first, or bring at most {most} bytes a row"
+            )
 
     def surface(self) -> None:
         """Raises what went wrong on the device since a call returned without waiting.
@@ -372,6 +400,7 @@ class CudaExchange(Exchange):
         """Forgets open exchanges; lanes are made anew, because members may disagree on how far they came."""
         super().forget_open()
         self._sent.clear()
+        self.lent.clear()
         self._retire(self.exact, keep=True)
         self._retire(self._static, keep=True)
         self.exact = self._static = None
@@ -391,6 +420,7 @@ class CudaExchange(Exchange):
 
     def _close(self, exchange: OpenExchange) -> None:
         self._sent.pop(exchange, None)
+        self.lent.discard(exchange)
         if isinstance(exchange, StaticExchange):  # it has no number
             if self._open.get(exchange.slot) is exchange:
                 del self._open[exchange.slot]

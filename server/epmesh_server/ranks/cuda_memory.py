@@ -49,6 +49,31 @@ class Shared:
         return cls(*_MESSAGE.unpack(data))
 
 
+class _Allocation:
+    """Freed when nobody has it any more."""
+
+    def __init__(self, address: int, device: torch.device) -> None:
+        self.address, self._device = address, device
+
+    def __del__(self) -> None:
+        with torch.cuda.device(self._device):
+            torch.cuda.synchronize()
+            call("cuMemFree_v2", ctypes.c_uint64(self.address))
+
+
+class _Lent:
+    """A part of an allocation, which it keeps, as torch takes memory of others."""
+
+    def __init__(self, allocation: _Allocation, at: int, size: int) -> None:
+        self._allocation = allocation
+        self.__cuda_array_interface__ = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (allocation.address + at, False),
+            "version": 2,
+        }
+
+
 class OwnMemory:
     """Zeroed device memory of this process.
 
@@ -71,6 +96,7 @@ class OwnMemory:
                 raise InvalidRequest(f"{size} bytes to share on {device}, {free} are free; send fewer rows at once")
             call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
             self.address = address.value or 0
+            self._allocation: _Allocation | None = _Allocation(self.address, device)
             call("cuMemsetD8_v2", ctypes.c_uint64(self.address), ctypes.c_ubyte(0), ctypes.c_size_t(size))
             torch.cuda.synchronize()
 
@@ -81,13 +107,15 @@ class OwnMemory:
             call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(self.address))
         return Shared(os.getpid(), self.address, bytes(handle))
 
+    def lend(self, at: int, size: int) -> torch.Tensor:
+        """``[size]`` uint8, from byte `at` on. The memory stays until `close`, and as long as the tensor does."""
+        assert self._allocation is not None
+        return torch.as_tensor(_Lent(self._allocation, at, size), device=self._device)
+
     def close(self) -> None:
-        """Frees it, once this device is done; idempotent."""
-        if self.address:
-            with torch.cuda.device(self._device):
-                torch.cuda.synchronize()
-                call("cuMemFree_v2", ctypes.c_uint64(self.address))
-            self.address = 0
+        """Frees it, once this device is done and nothing is lent any more; idempotent."""
+        self._allocation = None
+        self.address = 0
 
 
 class PeerMemory:

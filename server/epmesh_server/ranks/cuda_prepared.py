@@ -132,7 +132,13 @@ class PreparedDispatch:
             )
 
     def launch_combine(
-        self, launch: Launch, hidden_states: torch.Tensor, output: torch.Tensor | None, stream: int, stamp: int | None
+        self,
+        launch: Launch,
+        hidden_states: torch.Tensor,
+        slot: int,
+        output: torch.Tensor | None,
+        stream: int,
+        stamp: int | None,
     ) -> torch.Tensor:
         """Shows `hidden_states` and sums; `stamp` in exact mode."""
         num_tokens, hidden = self.layout.num_tokens, hidden_states.shape[1]
@@ -140,6 +146,7 @@ class PreparedDispatch:
             output = _empty_strided((num_tokens, hidden), (hidden, 1), hidden_states.dtype)
         launch.values[0] = hidden_states.data_ptr()
         launch.values[1] = output.data_ptr()
+        launch.values[launch.places["in_place"]] = self.lane.in_place(hidden_states, slot)
         if stamp is not None:
             launch.values[launch.places["stamp"]] = stamp
         launch(stream)

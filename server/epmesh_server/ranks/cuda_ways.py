@@ -210,6 +210,7 @@ def launch_combine(
             if not hidden_states.shape[1]:
                 raise InvalidRequest("results without columns; there must be at least one on a GPU")
             lane.check_results(row_bytes(hidden_states))
+            owner.check_lent(exchange, lane, row_bytes(hidden_states))
     except EpmeshError:
         nothing = torch.zeros((0, 1), device=owner.device)
         if not torch.cuda.is_current_stream_capturing():
