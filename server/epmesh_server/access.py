@@ -55,6 +55,11 @@ def identities(uris: Iterable[str]) -> tuple[Identity, ...]:
     return tuple(found)
 
 
+def name_of(caller: Iterable[Identity]) -> str:
+    """One text for the owner of a certificate: the same for each of its connections, on every plane."""
+    return ", ".join(sorted(map(str, caller)))
+
+
 _ROLES = {role.value: role for role in Role}
 _ANYBODY = frozenset(Role)
 _NODES = frozenset({Role.NODE})

@@ -7,12 +7,16 @@ nothing in a message can change it.
 from __future__ import annotations
 
 import enum
+import hashlib
 from dataclasses import dataclass
+from urllib.parse import quote, unquote
 
 from epmesh.v1 import frame_pb2, front_pb2
 
 NODE = "node"  # the node service of the rank that is asked
 _MAX_NAME_CHARS = 64
+_MAX_OWNER_CHARS = 128
+_SAFE = " '=,"  # a colon is not, and ends the owner
 
 
 class Domain(enum.Enum):
@@ -35,13 +39,20 @@ class RankUser:
 
 @dataclass(frozen=True)
 class ClientUser:
-    """A client with a lease; `lease` is its number at this node."""
+    """A client with a lease.
+
+    Attributes:
+        lease: its number at this node.
+        owner: who has it, as authenticated.
+        name: as the client calls itself.
+    """
 
     lease: int
+    owner: str
     name: str
 
     def __str__(self) -> str:
-        return f"client:{self.lease}:{self.name}"
+        return f"client:{self.lease}:{_quoted(self.owner)}:{self.name}"
 
 
 def printable(name: str) -> str:
@@ -53,6 +64,12 @@ def lease_of(user: str) -> int | None:
     """The lease of a client's user id; `None` for others."""
     kind, _, rest = user.partition(":")
     return int(rest.partition(":")[0]) if kind == "client" else None
+
+
+def account_of(user: str) -> str:
+    """With whom the owner of a user id shares: a client with all who have leases of the same owner, at any node."""
+    kind, _, rest = user.partition(":")
+    return unquote(rest.split(":")[1]) if kind == "client" else user
 
 
 def is_rank(user: str) -> bool:
@@ -81,3 +98,8 @@ def front_refusal(user: str, request: front_pb2.FrontRequest) -> str | None:
     rank = int(user.split(":")[1])
     source = request.serve_share.source
     return None if rank == source else f"{user} handed over a share as rank {source}"
+
+
+def _quoted(owner: str) -> str:
+    quoted = quote(owner, safe=_SAFE)
+    return quoted if len(quoted) <= _MAX_OWNER_CHARS else hashlib.sha256(owner.encode()).hexdigest()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 import grpc
 from cryptography import x509
 
-from epmesh.errors import InvalidRequest, Unauthenticated
+from epmesh.errors import EpmeshError, InvalidRequest, Overloaded, Unauthenticated
 from epmesh.grpc_errors import abort
 from epmesh.tls import TlsContents, TlsFiles
-from epmesh_server.access import Access, Identity, Role, authorize, identities
+from epmesh_server.access import Access, Identity, Role, authorize, identities, name_of
+from epmesh_server.fair_budget import FairBudget
+from epmesh_server.refusals import RefusalLog
 
 _log = logging.getLogger(__name__)
 _SAN_KEY = "x509_subject_alternative_name"
@@ -24,7 +27,8 @@ _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 MAX_CALLS = 16_384
-"""Calls that one TCP port has open at once, streams included; beyond, gRPC answers RESOURCE_EXHAUSTED, `Overloaded`."""
+"""Calls that one TCP port has open at once, streams included; a client its part of them. Beyond: `Overloaded`."""
+_RETRY_AFTER_S = 1.0
 
 _BOUNDS = (
     ("grpc.max_concurrent_streams", 4096),  # of one connection; more wait at the client
@@ -105,6 +109,12 @@ def caller_of(context: Context) -> tuple[Identity, ...] | None:
     return identities(uri.decode(errors="replace") for uri in shown.get(_SAN_KEY, ()))
 
 
+def client_of(context: Context) -> str:
+    """For whom a call is made: the owner of its certificate; without TLS, its connection."""
+    shown = caller_of(context)
+    return name_of(shown) if shown else str(context.peer())
+
+
 class _Configurations:
     """Certificates for new connections: read anew when a file changed, so that rotation needs no restart."""
 
@@ -134,6 +144,8 @@ class _Gate(grpc.aio.ServerInterceptor):
     def __init__(self, access: Access | None) -> None:
         self._access = access
         self._gated: dict[str, _Handler] = {}
+        self._calls = FairBudget(MAX_CALLS)
+        self._refusals = RefusalLog(_log, "access.refused")
 
     async def intercept_service(
         self,
@@ -159,13 +171,8 @@ class _Gate(grpc.aio.ServerInterceptor):
 
         async def check(context: Context) -> None:
             try:
-                if self._access is not None:
-                    authorize(self._access, method, caller_of(context) or ())
-                _check_deadline(method, context)
-            except InvalidRequest as error:
-                await abort(context, error)
-            except Unauthenticated as error:
-                _log.warning("access.refused: %s: %s", context.peer(), error)
+                self._check(method, context)
+            except EpmeshError as error:
                 await abort(context, error)
 
         # gRPC tells the two kinds of handlers apart, so a handler that writes by itself must stay one.
@@ -173,19 +180,44 @@ class _Gate(grpc.aio.ServerInterceptor):
 
             async def generate(request: Any, context: Context) -> AsyncIterator[Any]:
                 await check(context)
-                async for response in behaviour(request, context):
-                    yield response
+                with self._open(context):
+                    async for response in behaviour(request, context):
+                        yield response
 
             gated: Any = generate
         else:
 
             async def call(request: Any, context: Context) -> Any:
                 await check(context)
-                return await behaviour(request, context)
+                with self._open(context):
+                    return await behaviour(request, context)
 
             gated = call
         make = getattr(grpc, f"{name}_rpc_method_handler")
         return cast("_Handler", make(gated, handler.request_deserializer, handler.response_serializer))
+
+    def _check(self, method: str, context: Context) -> None:
+        client = client_of(context)
+        try:
+            if self._access is not None:
+                authorize(self._access, method, caller_of(context) or ())
+        except Unauthenticated as error:
+            self._refusals.note(client, f"{context.peer()}: {error}")
+            raise
+        _check_deadline(method, context)
+        if not self._calls.fits(client, 1):
+            open_calls = f"{self._calls.held_by(client)} of {self._calls.held} open calls are this client's"
+            raise Overloaded(_RETRY_AFTER_S, f"{open_calls}; one more does not fit into its part of {MAX_CALLS}")
+
+    @contextlib.contextmanager
+    def _open(self, context: Context) -> Iterator[None]:
+        """Counts a call while it is open; right after `_check`."""
+        client = client_of(context)
+        self._calls.hold(client, 1)
+        try:
+            yield
+        finally:
+            self._calls.release(client, 1)
 
 
 def _check_deadline(method: str, context: Context) -> None:

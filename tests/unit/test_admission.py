@@ -12,7 +12,16 @@ from epmesh.errors import InvalidRequest, Overloaded, Unauthenticated
 from epmesh.v1 import frame_pb2, front_pb2
 from epmesh.view import NodeInfo, RankInfo, RankMode, View
 from epmesh_server import refusals
-from epmesh_server.curve_users import NODE, ClientUser, RankUser, front_refusal, lease_of, link_refusal, printable
+from epmesh_server.curve_users import (
+    NODE,
+    ClientUser,
+    RankUser,
+    account_of,
+    front_refusal,
+    lease_of,
+    link_refusal,
+    printable,
+)
 from epmesh_server.node import client_keys
 from epmesh_server.node.admission import Admitted, Refused, decide, member_keys
 from epmesh_server.node.client_keys import ClientKeyTable
@@ -108,8 +117,19 @@ def test_a_clients_name_cannot_change_what_its_user_id_says() -> None:
     name = printable("rank:1:2\n\x00" + "x" * 100)
     assert name.startswith("rank:1:2??x")
     assert len(name) == 64
-    assert lease_of(str(ClientUser(12, name))) == 12
+    assert lease_of(str(ClientUser(12, "router 'a'", name))) == 12
     assert lease_of("rank:1:2") is lease_of(NODE) is None
+
+
+def test_all_leases_of_an_owner_share_one_account_whatever_they_call_themselves() -> None:
+    for owner in ("router 'a'", "driver 'x:y', router 'a:1:b'", "router 'é\n'"):
+        users = [str(ClientUser(lease, owner, name)) for lease, name in ((1, "one"), (2, "router 'b'"), (9, "a:b"))]
+        assert {account_of(user) for user in users} == {owner}
+    long = [str(ClientUser(1, "router " + letter * 1000, "x" * 64)) for letter in "ab"]
+    assert len({account_of(user) for user in long}) == 2
+    assert max(map(len, long)) < 256  # what a ZAP user id may have
+    assert account_of("rank:4:9f") == "rank:4:9f"
+    assert account_of(NODE) == NODE
 
 
 class Clock:
@@ -133,7 +153,7 @@ def test_a_lease_runs_until_its_end_unless_it_is_renewed() -> None:
     keys.lease(CLIENT, "router", "a")
     clock.now += 15
     assert keys.users(STRANGER) == {}
-    assert keys.users(CLIENT) == {CLIENT: "client:1:router"}
+    assert keys.users(CLIENT) == {CLIENT: "client:1:a:router"}
     assert keys.end_late() == pytest.approx(15)
     assert (keys.notice().newest, list(keys.notice().live)) == (2, [1])
     keys.release(CLIENT, "a")
@@ -147,7 +167,7 @@ def test_a_lease_after_one_that_ended_has_another_number() -> None:
     keys.lease(CLIENT, "router", "a")
     clock.now += 31
     keys.lease(CLIENT, "router", "a")
-    assert keys.users(CLIENT) == {CLIENT: "client:2:router"}
+    assert keys.users(CLIENT) == {CLIENT: "client:2:a:router"}
     assert list(keys.notice().live) == [2]
 
 
@@ -157,7 +177,7 @@ def test_only_the_owner_renews_and_releases_a_lease() -> None:
     with pytest.raises(Unauthenticated, match="router"):
         keys.lease(CLIENT, "mine", "b")
     keys.release(CLIENT, "b")
-    assert keys.users(CLIENT) == {CLIENT: "client:1:router"}
+    assert keys.users(CLIENT) == {CLIENT: "client:1:a:router"}
 
 
 def test_leases_are_bounded_for_each_owner_and_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +214,9 @@ def test_whoever_waits_for_leases_hears_of_each_change() -> None:
         await asyncio.wait_for(waiting, 10)
         waiting = asyncio.create_task(keys.changed())
         await asyncio.sleep(0)
+        keys.lease(CLIENT, "x", "a")  # renewed: nobody else is admitted, so nobody need look again
+        await asyncio.sleep(0)
+        assert not waiting.done()
         keys.release(CLIENT, "a")
         await asyncio.wait_for(waiting, 10)
 

@@ -11,11 +11,11 @@ from epmesh_server.ranks.clients import between
     ("sender", "user", "asked_for", "client"),
     [
         ("01ab", "", "", "01ab"),
-        ("client:3:a", "client:3:a", "", "client:3:a"),
-        ("rank:4:9f", "rank:4:9f", "client:3:a", "client:3:a"),
+        ("router 'a'", "client:3:router 'a':x", "", "router 'a'"),
+        ("rank:4:9f", "rank:4:9f", "router 'a'", "router 'a'"),
         ("node", "node", "router 'b'", "router 'b'"),
         ("01ab", "", "02cd", "01ab for 02cd"),
-        ("client:3:a", "client:3:a", "client:4:b", "client:3:a"),
+        ("router 'a'", "client:3:router 'a':x", "router 'b'", "router 'a'"),
     ],
     ids=["connection", "user", "by a neighbour", "by the node", "by nobody known", "pretended"],
 )

@@ -26,6 +26,7 @@ class Guarded:
 
     def __init__(self, authority: Authority) -> None:
         self.took: list[front_pb2.FrontRequest] = []
+        self.clients: list[str] = []  # for whom
         self.door = CurveDoor(str(authority.path))
         self.front = Front("127.0.0.1", on_request=self._take, door=self.door)
         self.front.identify(MESH, RANK, INCARNATION)
@@ -33,6 +34,7 @@ class Guarded:
 
     def _take(self, incoming: Incoming) -> None:
         self.took.append(incoming.request)
+        self.clients.append(incoming.client)
         incoming.answer()
 
 
@@ -84,10 +86,20 @@ def test_a_client_asks_while_its_lease_runs_and_not_after(
     guarded.door.take_leases(authority.call(authority.clients.notice))
     over = ask(router, guarded.peer, **ROWS)
     assert isinstance(over, Unauthenticated)
-    assert "lease of client:1:router is over" in str(over)
+    assert "lease of client:1:a:router is over" in str(over)
     assert len(guarded.took) == 1
     authority.call(authority.clients.lease, pair.public, "router", "a")
     assert ask(router, guarded.peer, **ROWS) is None  # over another connection
+
+
+def test_keys_of_one_owner_are_one_client_and_those_of_another_are_not(
+    authority: Authority, guarded: Guarded, client: Callable[[KeyPair], FrontClient]
+) -> None:
+    for name, owner in (("one", "router 'a'"), ("router 'b'", "router 'a'"), ("one", "router 'b'")):
+        pair = KeyPair.generate()
+        authority.call(authority.clients.lease, pair.public, name, owner)
+        assert ask(client(pair), guarded.peer, **ROWS) is None
+    assert guarded.clients == ["router 'a'", "router 'a'", "router 'b'"]
 
 
 def test_a_lease_that_comes_just_after_the_connection_is_in_time(

@@ -25,10 +25,9 @@ _RETRY_AFTER_S = 1.0
 
 @dataclass
 class _Lease:
-    """One key's lease; `owner` is who may renew and release it."""
+    """One key's lease; the owner of `user` is who may renew and release it."""
 
     user: ClientUser
-    owner: str
     until: float
 
 
@@ -60,22 +59,22 @@ class ClientKeyTable:
         check_key(key)
         self.end_late()
         known = self._by_key.pop(key, None)
-        if known is not None and known.owner != owner:
+        if known is not None and known.user.owner != owner:
             self._by_key[key] = known
             raise Unauthenticated(f"this key is leased by {known.user.name!r}; make a key pair of your own")
         if known is None:
             self._check_room(owner)
             self._newest = next(self._numbers)
-            known = _Lease(ClientUser(self._newest, printable(name)), owner, 0.0)
+            known = _Lease(ClientUser(self._newest, owner, printable(name)), 0.0)
             self._by_owner[owner] += 1
+            self._notify()
         known.until = self._clock() + self.lease_s
         self._by_key[key] = known
-        self._notify()
 
     def release(self, key: bytes, owner: str) -> None:
         """Ends a lease, if `owner` has it."""
         known = self._by_key.get(key)
-        if known is not None and known.owner == owner:
+        if known is not None and known.user.owner == owner:
             self._end(key)
             self._notify()
 
@@ -120,9 +119,10 @@ class ClientKeyTable:
     def _end(self, key: bytes) -> None:
         lease = self._by_key.pop(key)
         self.ended += 1
-        self._by_owner[lease.owner] -= 1
-        if not self._by_owner[lease.owner]:
-            del self._by_owner[lease.owner]
+        owner = lease.user.owner
+        self._by_owner[owner] -= 1
+        if not self._by_owner[owner]:
+            del self._by_owner[owner]
 
     def _notify(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()

@@ -11,6 +11,7 @@ from epmesh.errors import EpmeshError, InvalidRequest, Unauthenticated
 from epmesh.grpc_errors import abort
 from epmesh.v1 import key_service_pb2 as wire
 from epmesh.v1 import key_service_pb2_grpc
+from epmesh_server.access import name_of
 from epmesh_server.node.client_keys import ClientKeyTable
 from epmesh_server.secure_server import caller_of
 
@@ -52,6 +53,6 @@ def owner_of(context: _Context) -> str:
     """Who calls: as its certificate says, or where nothing authenticates callers the host that the call came from."""
     identities = caller_of(context)
     if identities is not None:
-        return ", ".join(sorted(map(str, identities)))
+        return name_of(identities)
     kind, _, rest = context.peer().partition(":")
     return f"host {rest.rpartition(':')[0]}" if kind in {"ipv4", "ipv6"} else f"host {kind}"

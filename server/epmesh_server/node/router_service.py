@@ -21,8 +21,9 @@ from epmesh.view import RankMode, View
 from epmesh_server.node.call_budget import CallBudget
 from epmesh_server.node.call_waits import DEFAULT_IDLE_S, CallWaits, gather
 from epmesh_server.node.front_caller import FrontCaller, front_peer
-from epmesh_server.node.rpc import client_of, seconds_left
+from epmesh_server.node.rpc import seconds_left
 from epmesh_server.node.views import ViewBoard
+from epmesh_server.secure_server import client_of
 
 CHUNK_BYTES = 2 << 20
 DEFAULT_BUDGET_BYTES = 1 << 30

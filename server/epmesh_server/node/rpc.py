@@ -8,7 +8,6 @@ from typing import Any, cast
 import grpc
 
 from epmesh.channels import COMMON, KEEPALIVE
-from epmesh_server.secure_server import caller_of
 
 CALL_TIMEOUT_S = 1.0
 
@@ -26,9 +25,3 @@ def seconds_left(context: grpc.aio.ServicerContext[Any, Any], most_s: float) -> 
     """Seconds until the caller of `context` gives up; `most_s` where that is later or never."""
     remaining = cast("float | None", context.time_remaining())  # the stubs do not know of calls without a deadline
     return most_s if remaining is None else min(remaining, most_s)
-
-
-def client_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
-    """For whom a call is made: the owner of its certificate; without TLS, its connection."""
-    shown = caller_of(context)
-    return ", ".join(map(str, shown)) if shown else str(context.peer())

@@ -5,21 +5,21 @@ from __future__ import annotations
 import zmq
 
 from epmesh.v1 import front_pb2
-from epmesh_server.curve_users import NODE, is_rank
+from epmesh_server.curve_users import NODE, account_of, is_rank
 
 MAX_CLIENT_CHARS = 256
 _USER_ID = "User-Id"
 
 
 def client_key(route: zmq.Frame, request: front_pb2.FrontRequest) -> str:
-    """Who asks: the user that CURVE showed, else the connection.
+    """Who asks: the owner of the key that CURVE showed, however many it has leased, else the connection.
 
     Where a neighbour or the node service asks, it asks for somebody, and says for whom. Others might say so too, but
     would only share what they are given anyway: what they say counts beside their own name.
     """
     user = _user(route)
     asked_for = request.serve_share.client or request.serve_rows.client
-    return between(user or route.bytes.hex(), user, asked_for[:MAX_CLIENT_CHARS])
+    return between(account_of(user) or route.bytes.hex(), user, asked_for[:MAX_CLIENT_CHARS])
 
 
 def between(sender: str, user: str, asked_for: str) -> str:

@@ -27,13 +27,14 @@ from epmesh_server.curve_users import Domain
 from epmesh_server.fair_budget import FairBudget
 from epmesh_server.ranks.clients import client_key
 from epmesh_server.ranks.curve_door import CurveDoor
+from epmesh_server.refusals import RefusalLog
 
 _log = logging.getLogger(__name__)
 
 DEFAULT_BUDGET_BYTES = 1 << 30
 MAX_OPEN_REQUESTS = 65_536
 UNREAD_S = 10.0
-UNREAD_PART = 8  # beyond an eighth of the budget in unread answers a client is refused until it has read some
+UNREAD_PART = 8  # beyond an eighth of the budget in unread answers a connection is refused until it has read some
 UNREAD_ANSWERS = 1024  # that wait for one connection; small ones are bounded by this alone
 _SMALL_BYTES = 1 << 14  # frames of fewer are copied, and ZeroMQ does not tell when they have left
 _LOOK_MS = 20  # how often it is looked whether answers have left
@@ -44,6 +45,7 @@ _REQUESTS_A_TURN = (
 )
 
 _Key = tuple[bytes, int]  # the sender's connection, and its number for the request
+_Account = tuple[bytes, str]  # a connection, and for whom
 
 
 class Incoming:
@@ -153,13 +155,14 @@ class Front:
         """
         self.refused = self.unread = 0
         self._door = door
+        self._junk = RefusalLog(_log, "front.refused")
         self._handler: Handler = on_request or _not_ready
         self._who: tuple[str, int, int] | None = None
         self._lock = threading.Lock()  # guards _open, _bytes, _places, _closing
         self._open: dict[_Key, Incoming] = {}
         self._bytes = FairBudget(budget_bytes)
         self._places = FairBudget(MAX_OPEN_REQUESTS)
-        self._unread_bytes: Counter[str] = Counter()  # by client; the thread's alone
+        self._unread_bytes: Counter[_Account] = Counter()  # the thread's alone
         self._closing = False
         self._answers: queue.SimpleQueue[_Answer | None] = queue.SimpleQueue()
         self._leaving: dict[bytes, deque[_Answer]] = {}  # by connection; the thread's alone
@@ -247,7 +250,7 @@ class Front:
             if answer is None:
                 return False
             answer.leave(self._send(answer.sender, answer.frames))
-            self._unread_bytes[answer.client] += answer.num_bytes
+            self._unread_bytes[answer.sender, answer.client] += answer.num_bytes
             self._leaving.setdefault(answer.sender, deque()).append(answer)
         self._let_go()
         return True
@@ -257,9 +260,10 @@ class Front:
         for sender, answers in list(self._leaving.items()):
             while answers and answers[0].left:
                 answer = answers.popleft()
-                self._unread_bytes[answer.client] -= answer.num_bytes
-                if not self._unread_bytes[answer.client]:
-                    del self._unread_bytes[answer.client]
+                account = (sender, answer.client)
+                self._unread_bytes[account] -= answer.num_bytes
+                if not self._unread_bytes[account]:
+                    del self._unread_bytes[account]
                 with self._lock:
                     self._bytes.release(answer.client, answer.num_bytes)
             if not answers:
@@ -290,7 +294,7 @@ class Front:
                 self._take_in(sender, [frame.buffer for frame in frames])
             except InvalidRequest as exc:
                 self.refused += 1
-                _log.warning("rank=%s front.refused: %s", self._name, exc)
+                self._junk.note("", f"rank {self._name}: {exc}")
 
     def _take_in(self, route: zmq.Frame, frames: list[Buffer]) -> None:
         request, sender = _parse(frames), route.bytes
@@ -340,7 +344,7 @@ class Front:
                 raise MeshUnavailable("the rank is leaving")
             if key in self._open:
                 raise InvalidRequest(f"request {key[1]} is open already; number requests anew")
-            unread = self._unread_bytes.get(incoming.client, 0)
+            unread = self._unread_bytes.get((key[0], incoming.client), 0)
             if unread > self._bytes.limit // UNREAD_PART:
                 raise Overloaded(_RETRY_AFTER_S, f"{unread} bytes of answers wait to be read; read them first")
             if not self._places.fits(incoming.client, 1) or not self._bytes.fits(incoming.client, incoming.num_bytes):

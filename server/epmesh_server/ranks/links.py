@@ -27,6 +27,7 @@ from epmesh_server.ranks.curve_door import CurveDoor
 from epmesh_server.ranks.inbox import MAX_INBOX_BYTES, Inbox
 from epmesh_server.ranks.link_watcher import WATCHED, LinkWatcher, Peer
 from epmesh_server.ranks.link_window import MAX_RANGES, Question, Range, ReceiveWindow, Report, SendWindow
+from epmesh_server.refusals import RefusalLog
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class LinkHub:
         self.unreachable: frozenset[Peer] = frozenset()
         self._on_unreachable = on_unreachable
         self._door = door
+        self._junk = RefusalLog(_log, "frame.refused")
         self._context = zmq.Context(io_threads=1)
         self._router = self._context.socket(zmq.ROUTER)
         _configure(self._router)
@@ -240,7 +242,7 @@ class LinkHub:
 
     def _refuse(self, error: InvalidRequest) -> None:
         self.refused += 1
-        _log.warning("rank=%d frame.refused: %s", self.rank, error)
+        self._junk.note("", f"rank {self.rank}: {error}")
 
     def _take_in(self, route: zmq.Frame, message: Message, mine: Inbox) -> None:
         header = message.header
