@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 import pytest
@@ -13,6 +15,7 @@ from epmesh.curve import KeyPair
 from epmesh.errors import EpmeshError, PeerLost, Unauthenticated
 from epmesh.front import FrontClient, FrontPeer
 from epmesh.v1 import front_pb2, key_service_pb2_grpc
+from epmesh_server.node import key_authority
 from epmesh_server.node.key_service import KeyService
 from epmesh_server.ranks.curve_door import CurveDoor
 from epmesh_server.ranks.front import Front, Incoming
@@ -112,6 +115,30 @@ def test_a_lease_that_comes_just_after_the_connection_is_in_time(
     authority.call(authority.clients.lease, pair.public, "router", "a")
     answer.result(PATIENCE_S)
     assert authority.authority.refusals.count == 0
+
+
+def test_a_lease_that_comes_while_a_question_begins_to_wait_is_not_missed(
+    authority: Authority,
+    guarded: Guarded,
+    client: Callable[[KeyPair], FrontClient],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pair = KeyPair.generate()
+    decide = authority.authority._decide
+    asked: list[Any] = []
+
+    def decide_and_lease(question: Any) -> Any:
+        decision = decide(question)
+        asked.append(decision)
+        if len(asked) == 2:  # it has just been put aside: the lease comes next on the loop, before anything waits
+            lease = authority.clients.lease
+            asyncio.get_running_loop().call_soon(lease, pair.public, "router", "a")
+        return decision
+
+    monkeypatch.setattr(authority.authority, "_decide", decide_and_lease)
+    monkeypatch.setattr(key_authority, "HOLD_S", 60.0)  # so that only news of the lease can end the wait in time
+    assert ask(client(pair), guarded.peer, **ROWS) is None
+    assert len(asked) > 2
 
 
 def test_a_notice_of_ended_leases_does_not_touch_those_granted_since(

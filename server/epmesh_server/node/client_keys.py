@@ -98,6 +98,11 @@ class ClientKeyTable:
         live = sorted(lease.user.lease for lease in self._by_key.values())
         return rank_service_pb2.ClientKeys(newest=self._newest, live=live)
 
+    @property
+    def next_change(self) -> asyncio.Event:
+        """Set by the next change from now on; taken before something is decided, it tells whether that still holds."""
+        return self._changed
+
     async def changed(self) -> None:
         """Returns after the next change."""
         await self._changed.wait()

@@ -127,17 +127,11 @@ class KeyAuthority:
         """Answers when the key became known, or when that took too long."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HOLD_S):
+                changes = self._board.next_change, self._clients.next_change
                 while isinstance(self._decide(question), Refused):
-                    await self._changed()
+                    await _any_of(*changes)
+                    changes = self._board.next_change, self._clients.next_change
         await self._answer(question, self._decide(question))
-
-    async def _changed(self) -> None:
-        waits = [asyncio.create_task(self._board.changed()), asyncio.create_task(self._clients.changed())]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
 
     def _decide(self, question: _Question) -> Admitted | Refused:
         view = self._board.view
@@ -154,3 +148,13 @@ class KeyAuthority:
             who = f"{question.address} at a {question.domain}"
             self.refusals.note(who, f"{who}: {decision.reason}")
         await self._socket.send_multipart(question.answer(decision))
+
+
+async def _any_of(*events: asyncio.Event) -> None:
+    """Returns once one of them is set."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()

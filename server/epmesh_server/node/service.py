@@ -283,10 +283,11 @@ class Node:
     async def _report_health(self) -> None:
         """SERVING once the node is registered and knows a view; not again before both are so after a change."""
         while True:
+            change = self._board.next_change  # one that comes while health is set must not be missed
             serving = self._enrolment.current is not None and self._board.view is not None
             status = health_pb2.HealthCheckResponse
             await self._set_health(status.SERVING if serving else status.NOT_SERVING)
-            await self._board.changed()
+            await change.wait()
 
     async def _set_health(self, status: int) -> None:
         for service in HEALTH_SERVICES:

@@ -49,6 +49,11 @@ class ViewBoard:
             await self._changed.wait()
         return self.message
 
+    @property
+    def next_change(self) -> asyncio.Event:
+        """Set by the next change from now on; taken before something is decided, it tells whether that still holds."""
+        return self._changed
+
     async def changed(self) -> None:
         """Returns after the next change."""
         await self._changed.wait()
