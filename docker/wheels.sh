@@ -7,6 +7,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 accelerator=${1:-cpu}
 python=${PYTHON:-.venv/bin/python}
 
+"$python" -c '' 2>/dev/null || { echo "wheels: no '$python' here; run \`make setup\` first, or say PYTHON=..." >&2; exit 1; }
+
 make_wheels() { # directory, extra
   echo "wheels: docker/wheels/$1, epmesh[$2]"
   rm -rf "docker/wheels/$1.part" "docker/wheels/$1"
