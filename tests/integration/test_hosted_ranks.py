@@ -96,6 +96,17 @@ def test_they_wait_for_those_of_other_nodes(shell: Shell) -> None:
     assert ranks_when(shell, lambda ranks: len(ranks) == 2) == {0: (0, 1), 8: (2, 3)}
 
 
+def test_one_that_serves_and_holds_nothing_says_so_and_how_to_share(shell: Shell) -> None:
+    options = ("--ranks", "1", "--num-experts", "4", "--experts", f"{EXPERTS}:plus_id")
+    first = shell.start("serve", *options)
+    first.line("hosted by process", within_s=START_WITHIN_S)
+    second = shell.start("serve", "--port", "7410", "--node-id", "b", "--coordinator", shell.coordinator, *options)
+    said = second.line("holds none of the 4 experts", within_s=START_WITHIN_S)
+    assert "--world-size" in said
+    assert "--hold" in said
+    assert "holds none" not in first.output
+
+
 @pytest.mark.fault
 def test_one_that_was_in_the_mesh_waits_for_nobody_when_it_comes_back(shell: Shell) -> None:
     options = ("--ranks", "1", "--world-size", "2", "--num-experts", "4")

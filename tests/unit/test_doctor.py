@@ -357,6 +357,14 @@ def test_a_directory_that_cannot_be_used_is_told(changes: dict[str, Any], cause:
     assert "/run/epmesh" in finding.seen
 
 
+def test_a_directory_of_another_user_may_be_the_services_whose_user_the_doctor_is_not() -> None:
+    directory = Directory(
+        what="runtime directory", path=Path("/run/epmesh"), file_system="tmpfs", owner=1000, socket_path_bytes=30
+    )
+    finding = found(replace(WELL, directories=(directory,)), replace(ASKED, runtime_dir=directory.path))
+    assert "runuser -u USER -- epmesh doctor" in finding["runtime-dir-open"].mend
+
+
 def test_a_log_in_a_containers_own_layer_is_forgotten() -> None:
     data = Directory(what="data directory", path=Path("/data"), file_system="overlay")
     assert "volumes:" in found(replace(WELL, directories=(data,)))["log-forgotten"].mend

@@ -64,6 +64,13 @@ class Serve:
         Raises:
             InvalidRequest: it failed, or made something else.
         """
+        placement = comm.view.placement(None)
+        if placement is not None and not placement.experts_of.get(comm.global_rank):
+            _log.warning(
+                "this rank holds none of the %d experts, so no router sends it rows; say with --world-size how many "
+                "ranks share them, or with --hold which are this one's",
+                placement.num_experts,
+            )
         try:
             experts = self._factory(comm)
         except EpmeshError:
