@@ -83,7 +83,7 @@ def _private(directory: Directory, user: int | None) -> Iterator[Finding]:
             f"runtime directory {directory.path} has owner {directory.owner} and mode {directory.mode:04o}",
             "Whoever may open the sockets in it could join as a rank: the node service refuses it.",
             f"`chmod 700 {directory.path}` and `chown` to the user of the service; or a directory below it. If "
-            "the service has another user than the doctor, run the doctor as that one: `runuser -u USER -- epmesh doctor`",
+            "the service has another user than the doctor, run that as the same: `runuser -u USER -- epmesh doctor`",
         )
 
 
