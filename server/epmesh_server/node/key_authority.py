@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 
 HOLD_S = 1.0  # less than a link or a front client waits for its first connection
 MAX_HELD = 512
+_LOOK_S = 0.02  # between two looks at those
 _MAX_BYTES = 4096
 _VERSION = b"1.0"
 
@@ -85,6 +86,7 @@ class KeyAuthority:
         self._members: tuple[View | None, Mapping[bytes, str]] = (None, member_keys(None, pair.public))
         self.refusals = RefusalLog(_log, "key.refused")
         self._held: set[asyncio.Task[None]] = set()
+        self._waiting: dict[asyncio.Future[None], _Question] = {}
         self._context = zmq.asyncio.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
@@ -96,11 +98,11 @@ class KeyAuthority:
         except (zmq.ZMQError, OSError) as exc:
             self._context.destroy(0)
             raise InvalidRequest(f"cannot listen at {path}: {exc}") from exc
-        self._task = asyncio.create_task(self._serve())
+        self._tasks = [asyncio.create_task(self._serve()), asyncio.create_task(self._look())]
 
     async def close(self) -> None:
         """Ends it and removes the socket; idempotent."""
-        tasks = [self._task, *self._held]
+        tasks = [*self._tasks, *self._held]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -125,13 +127,24 @@ class KeyAuthority:
 
     async def _hold(self, question: _Question) -> None:
         """Answers when the key became known, or when that took too long."""
+        known = asyncio.get_running_loop().create_future()
+        self._waiting[known] = question
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HOLD_S):
-                changes = self._board.next_change, self._clients.next_change
-                while isinstance(self._decide(question), Refused):
-                    await _any_of(*changes)
-                    changes = self._board.next_change, self._clients.next_change
+                if isinstance(self._decide(question), Refused):
+                    await known
+        del self._waiting[known]
         await self._answer(question, self._decide(question))
+
+    async def _look(self) -> None:
+        """Tells those that wait for a key when it became known: one look a change, however many strangers wait."""
+        while True:
+            changes = self._board.next_change, self._clients.next_change
+            for known, question in self._waiting.items():
+                if not known.done() and isinstance(self._decide(question), Admitted):
+                    known.set_result(None)
+            await _any_of(*changes)
+            await asyncio.sleep(_LOOK_S)  # whoever leases keys in a loop must not keep the event loop busy
 
     def _decide(self, question: _Question) -> Admitted | Refused:
         view = self._board.view
