@@ -44,6 +44,15 @@ def parse_addresses(addresses: object, what: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(several))
 
 
+def parse_coordinators(text: str) -> tuple[str, ...]:
+    """The addresses of ``host:port[,host:port]``: where coordinators may be, of which one leads.
+
+    Raises:
+        InvalidRequest: one is no host:port.
+    """
+    return parse_addresses(text.split(","), "coordinator")
+
+
 def join_address(host: str, port: int) -> str:
     """``host:port``, with brackets around an IPv6 address."""
     host = host.strip("[]")

@@ -97,3 +97,10 @@ def test_a_runtime_directory_is_one_nodes(tmp_path: Path) -> None:
         pass
     with runtime_directory(directory) as path:
         assert path == directory
+
+
+def test_several_coordinators_stand_with_commas_between() -> None:
+    assert NodeSettings(coordinator="a:1,b:2").coordinators == ("a:1", "b:2")
+    assert NodeSettings(coordinator="a:1").coordinators == ("a:1",)
+    with pytest.raises(InvalidRequest, match="coordinator is ''"):
+        NodeSettings(coordinator="a:1,")

@@ -93,8 +93,8 @@ def serve(
         str | None,
         typer.Option(
             envvar="EPMESH_COORDINATOR",
-            metavar="HOST:PORT",
-            help="Where a coordinator runs; without it one is started beside this node.",
+            metavar="HOST:PORT[,HOST:PORT]",
+            help="Where a coordinator runs, or several of which one leads; without it one is started beside this node.",
             rich_help_panel=_SERVICE,
         ),
     ] = None,
@@ -376,6 +376,15 @@ def coordinator(
         Path | None,
         typer.Option(envvar="EPMESH_DATA_DIR", help="Where its log is kept.", show_default=_DATA_DIR),
     ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            envvar="EPMESH_STORE",
+            metavar="etcd://HOST:PORT[,HOST:PORT][/PREFIX]",
+            help="Keep the log in etcd instead of --data-dir: of several coordinators one leads, the others stand by.",
+            show_default="--data-dir",
+        ),
+    ] = None,
     stride: Annotated[
         int | None,
         typer.Option(
@@ -418,7 +427,8 @@ def coordinator(
     """Run a coordinator alone.
 
     It decides who is in the mesh, and keeps that in a log: after a restart with the same --data-dir every node has its
-    place again. Exchanges go on while it is away.
+    place again. Exchanges go on while it is away. With --store several may be started, on hosts of their own: when
+    the one that leads is gone another takes over. Nodes are told of all of them by --coordinator HOST:PORT,HOST:PORT.
     """
     from epmesh_server.cli import serving
 
@@ -434,6 +444,7 @@ def coordinator(
         metrics_port=metrics_port,
         join_token_file=join_token_file,
         log_level=log_level,
+        store=store,
     )
     serving.coordinate(options, supervisor)
 

@@ -43,6 +43,7 @@ class CoordinatorOptions:
     join_token_file: Path | None
     log_level: LogLevel
     metrics_port: int = 0
+    store: str | None = None
 
     @property
     def directory(self) -> Path:
@@ -113,6 +114,7 @@ def coordinate(options: CoordinatorOptions, supervisor: int | None) -> None:
         insecure=options.insecure,
         metrics_port=options.metrics_port or None,
         join_token_file=options.join_token_file,
+        store=options.store,
         **stride,
     )
     asyncio.run(_until_signal(lambda signals: run_coordinator(settings, signals.stop, lambda _: None)))

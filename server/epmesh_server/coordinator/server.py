@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -18,6 +19,8 @@ from epmesh.channels import COMMON, KEEPALIVE
 from epmesh.errors import InvalidRequest
 from epmesh_server.access import COORDINATOR_ACCESS, Role
 from epmesh_server.coordinator.engine import Engine
+from epmesh_server.coordinator.etcd_leader import lead
+from epmesh_server.coordinator.etcd_store import EtcdStore
 from epmesh_server.coordinator.log import FileStore, Store
 from epmesh_server.coordinator.metrics import CoordinatorCollector
 from epmesh_server.coordinator.service import Services
@@ -70,24 +73,48 @@ async def run_coordinator(settings: CoordinatorSettings, stop: asyncio.Event, on
     Args:
         settings: see there.
         stop: set it to stop; the nodes go on in their last epoch.
-        on_ready: called once with host:port, when it answers there.
+        on_ready: called once with host:port, when it answers there; with a store in etcd, when it leads.
 
     Raises:
-        InvalidRequest: the port is taken, or the data directory cannot be used.
-        MeshUnavailable: the log cannot be written any more.
+        InvalidRequest: the port is taken, or the data directory or the log in etcd cannot be used.
+        MeshUnavailable: the log cannot be written any more, or another coordinator may lead.
     """
-    async with open_coordinator(settings) as coordinator:
-        running = asyncio.create_task(coordinator.run())
+    if settings.etcd is None:
+        await _run(settings, None, stop, on_ready)
+        return
+    leadership = await lead(settings.etcd, f"{socket.gethostname()} process {os.getpid()}", stop)
+    if leadership is None:
+        return
+    _log.info("coordinator leads at %s", settings.etcd)
+    try:
+        await _run(settings, EtcdStore(leadership), stop, on_ready, leadership.until_lost)
+    finally:
+        await asyncio.to_thread(leadership.close)
+
+
+async def _run(
+    settings: CoordinatorSettings,
+    store: Store | None,
+    stop: asyncio.Event,
+    on_ready: Callable[[str], None],
+    until_lost: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Until `stop`, or until one of the coordinator and `until_lost` raises."""
+    async with open_coordinator(settings, store) as coordinator:
+        running = [asyncio.ensure_future(coordinator.run())]
+        if until_lost is not None:
+            running.append(asyncio.ensure_future(until_lost()))
         stopping = asyncio.create_task(stop.wait())
         try:
             on_ready(coordinator.address)
-            await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((*running, stopping), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            stopping.cancel()
-            running.cancel()
-            results = await asyncio.gather(running, return_exceptions=True)
-        if isinstance(results[0], Exception):
-            raise results[0]
+            for task in (stopping, *running):
+                task.cancel()
+            results = await asyncio.gather(*running, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
 
 
 @contextlib.asynccontextmanager

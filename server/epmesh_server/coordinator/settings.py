@@ -9,6 +9,7 @@ from epmesh.addresses import join_address
 from epmesh.errors import InvalidRequest
 from epmesh.tls import TlsFiles
 from epmesh.version import VERSION
+from epmesh_server.coordinator.etcd_client import EtcdLocation, parse_store
 from epmesh_server.exposure import check_exposure
 from epmesh_server.join_token import check_token_stays_secret, read_token
 from epmesh_server.membership import MembershipSettings
@@ -29,6 +30,8 @@ class CoordinatorSettings:
         insecure: whether to listen beyond loopback without `tls`.
         metrics_port: where `host` answers ``GET /metrics`` in plain HTTP, to whoever asks; 0 takes a free port, `None`
             opens none.
+        store: ``etcd://host:port[,host:port][/prefix]`` keeps the log there instead of in `data_dir`; a
+            coordinator that is not the first then stands by until the leader is gone.
         join_token_file: holds what a node must show that is new to the mesh; `None`: nothing. Read anew every time.
     """
 
@@ -44,6 +47,8 @@ class CoordinatorSettings:
     insecure: bool = False
     metrics_port: int | None = None
     join_token_file: Path | None = None
+    store: str | None = None
+    etcd: EtcdLocation | None = field(init=False)
     membership: MembershipSettings = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,6 +69,7 @@ class CoordinatorSettings:
             answer_timeout_s=self.answer_timeout_s,
         )
         object.__setattr__(self, "membership", membership)
+        object.__setattr__(self, "etcd", None if self.store is None else parse_store(self.store))
 
     def address(self, port: int) -> str:
         """host:port as gRPC writes it."""

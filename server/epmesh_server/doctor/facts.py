@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from epmesh.addresses import ANY_HOST, is_loopback, join_address, split_address
+from epmesh.addresses import ANY_HOST, is_loopback, join_address, parse_coordinators, split_address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ class Asked:
 
     @property
     def coordinator_address(self) -> str:
-        """host:port of the coordinator, wherever it is."""
+        """host:port of the coordinator, wherever it is; the first of several."""
         if self.coordinator is not None:
-            return self.coordinator
+            return parse_coordinators(self.coordinator)[0]
         return join_address("127.0.0.1" if self.host in ANY_HOST else self.host, self.coordinator_port)
 
     @property

@@ -26,7 +26,7 @@ async def advertised_address(settings: NodeSettings, port: int) -> str:
     Raises:
         MeshUnavailable: the coordinator's name does not resolve, or not yet.
     """
-    return choose_address(settings, port, await _sources(settings.coordinator) if wants_route(settings) else ())
+    return choose_address(settings, port, await _sources(settings.coordinators) if wants_route(settings) else ())
 
 
 def wants_route(settings: NodeSettings) -> bool:
@@ -48,7 +48,15 @@ def choose_address(settings: NodeSettings, port: int, sources: tuple[str, ...]) 
     return join_address(host, port)
 
 
-async def _sources(coordinator: str) -> tuple[str, ...]:
+async def _sources(coordinators: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the first whose name resolves: that of a host that is down may not."""
+    for coordinator in coordinators[:-1]:
+        with contextlib.suppress(MeshUnavailable):
+            return await _sources_towards(coordinator)
+    return await _sources_towards(coordinators[-1])
+
+
+async def _sources_towards(coordinator: str) -> tuple[str, ...]:
     host, port = split_address(coordinator, "coordinator")
     try:
         async with asyncio.timeout(_RESOLVE_WITHIN_S):

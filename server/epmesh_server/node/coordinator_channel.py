@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import grpc
 
@@ -17,18 +18,23 @@ class CoordinatorChannel:
     """A channel of gRPC shows the certificate that it was opened with, also when it connects again. Used on one loop.
 
     Attributes:
-        address: host:port of the coordinator.
+        address: host:port of the coordinator that is called; the first of several until `turn` chooses the next.
         tls: what the node shows itself with.
         current: the channel for calls.
     """
 
-    def __init__(self, address: str, tls: TlsFiles | None) -> None:
+    def __init__(self, addresses: Sequence[str], tls: TlsFiles | None) -> None:
         """Opens it; connects when first used.
+
+        Args:
+            addresses: where coordinators may be, of which one leads and the others do not answer.
+            tls: see there.
 
         Raises:
             InvalidRequest: the files of `tls` cannot be read.
         """
-        self.address, self.tls = address, tls
+        self._addresses, self.tls = tuple(addresses), tls
+        self.address = self._addresses[0]
         self._stamp = tls.stamp if tls is not None else None
         self.current = self._open()
 
@@ -45,6 +51,20 @@ class CoordinatorChannel:
         before, self.current, self._stamp = self.current, opened, stamp
         await before.close(None)
         return opened
+
+    async def turn(self) -> None:
+        """Goes on to the next address, where there are several. Ends all calls then: call it between sessions."""
+        if len(self._addresses) == 1:
+            return
+        before, address = self.current, self.address
+        self.address = self._addresses[(self._addresses.index(address) + 1) % len(self._addresses)]
+        try:
+            self.current = self._open()
+        except InvalidRequest as exc:  # its files are being replaced; `renewed` opens it anew once they are whole
+            self.address = address
+            _log.warning("tls.failed: %s; the coordinator at %s is called again", exc, address)
+            return
+        await before.close(None)
 
     async def close(self) -> None:
         """Ends all calls; idempotent."""

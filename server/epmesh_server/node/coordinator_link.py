@@ -62,11 +62,10 @@ class NodeCommands(Protocol):
 
 
 class CoordinatorLink:
-    """Keeps a node registered at one coordinator."""
+    """Keeps a node registered at the coordinator, whichever of several leads."""
 
     def __init__(self, channel: CoordinatorChannel, node: NodeCommands) -> None:
         self._channel = channel
-        self._address = channel.address
         self._node = node
         self._session: _Session | None = None
         self._lease: _Lease | None = None
@@ -96,7 +95,7 @@ class CoordinatorLink:
         Raises:
             InvalidRequest, Unauthenticated: the coordinator will never accept this node.
         """
-        complaint = _Complaint(self._address)
+        complaint = _Complaint()
         backoff_s = _FIRST_BACKOFF_S
         watch = asyncio.create_task(self._watch_lease())
         try:
@@ -104,7 +103,7 @@ class CoordinatorLink:
                 try:
                     identity = await present()
                     registration = await self._register(identity)
-                    complaint.over()
+                    complaint.over(self._channel.address)
                     backoff_s = _FIRST_BACKOFF_S
                     await self._serve(registration, identity.incarnation)
                 except (InvalidRequest, Unauthenticated):
@@ -113,6 +112,7 @@ class CoordinatorLink:
                     if self._leaving.is_set():
                         return
                     complaint.about(exc)
+                    await self._channel.turn()
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
         finally:
@@ -144,15 +144,15 @@ class CoordinatorLink:
         granted = Registration(answer.slot, answer.mesh_id, answer.stride, answer.heartbeat_interval_s, answer.lease_s)
         self._lease = _Lease(granted.lease_s, sent)
         self._node.registered(granted)
-        _log.info("node %s registered at %s: slot %d", identity.node_id, self._address, granted.slot)
+        _log.info("node %s registered at %s: slot %d", identity.node_id, self._channel.address, granted.slot)
         return granted
 
     async def _refusal(self, error: grpc.aio.AioRpcError) -> EpmeshError:
         """Why it did not register the node; at first contact TLS is asked too, which says more than gRPC."""
-        typed = from_rpc_error(error, f"coordinator at {self._address}")
+        typed = from_rpc_error(error, f"coordinator at {self._channel.address}")
         if self._lease is not None:
             return typed
-        return await asyncio.to_thread(explained, typed, self._address, self._channel.tls, COORDINATOR_NAME)
+        return await asyncio.to_thread(explained, typed, self._channel.address, self._channel.tls, COORDINATOR_NAME)
 
     async def _serve(self, registration: Registration, incarnation: int) -> None:
         """One control stream, until it breaks.
@@ -171,13 +171,13 @@ class CoordinatorLink:
         try:
             await session.run()
         except grpc.aio.AioRpcError as exc:
-            error = from_rpc_error(exc, f"control stream to the coordinator at {self._address}")
+            error = from_rpc_error(exc, f"control stream to the coordinator at {self._channel.address}")
             raise MeshUnavailable(str(error)) from exc
         except EpmeshError as exc:  # a command that makes no sense here; only a refused registration is final
-            raise MeshUnavailable(f"coordinator at {self._address}: {exc}") from exc
+            raise MeshUnavailable(f"coordinator at {self._channel.address}: {exc}") from exc
         finally:
             self._session = None
-        raise MeshUnavailable(f"coordinator at {self._address}: it ended the control stream")
+        raise MeshUnavailable(f"coordinator at {self._channel.address}: it ended the control stream")
 
     async def _watch_lease(self) -> None:
         """Tells the node when its lease is about to end, and as long as it is over."""
@@ -304,8 +304,7 @@ class _Session:
 class _Complaint:
     """Logs the same trouble at once, then every few seconds, and that it is over."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    def __init__(self) -> None:
         self._since: float | None = None
         self._logged = 0.0
 
@@ -320,8 +319,8 @@ class _Complaint:
         # At the very first try it may just be starting, as this node is.
         _log.log(logging.INFO if first else logging.WARNING, "coordinator is away, trying again: %s", error)
 
-    def over(self) -> None:
+    def over(self, address: str) -> None:
         """There is none any more."""
         if self._since is not None:
-            _log.info("coordinator at %s is there", self._address)
+            _log.info("coordinator at %s is there", address)
         self._since = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
 
-from epmesh.errors import from_rpc_error
+from epmesh.errors import MeshUnavailable, from_rpc_error
 from epmesh.grpc_errors import abort
 from epmesh.v1 import group_service_pb2 as wire
 from epmesh.v1 import group_service_pb2_grpc
@@ -57,3 +58,8 @@ class Groups(group_service_pb2_grpc.GroupServiceServicer):
             return await call(request, timeout=seconds_left(context, _MAX_TIMEOUT_S))
         except grpc.aio.AioRpcError as exc:
             await abort(context, from_rpc_error(exc, f"coordinator at {self._channel.address}"))
+        except asyncio.CancelledError:
+            # The channel was closed under the call, or the caller is gone; grpc.aio does not tell which.
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise
+            await abort(context, MeshUnavailable("the node turned to another coordinator during the call; try again"))

@@ -133,7 +133,7 @@ class Node:
             budget_bytes=_DRIVER_REGIONS * settings.region_bytes,
         )
         self._health = health.aio.HealthServicer()
-        self._channel = CoordinatorChannel(settings.coordinator, settings.tls)
+        self._channel = CoordinatorChannel(settings.coordinators, settings.tls)
         self._commands = Commands(self._table, self._board, self._follower, self._hosting, self._enrolment)
         self._link = CoordinatorLink(self._channel, self._commands)
         self._table.on_change = self._link.ranks_changed
@@ -229,7 +229,7 @@ class Node:
             mesh_id=registration.mesh_id if registration else "",
             grpc_socket=str(self._directory / GRPC_SOCKET),
             descriptor_socket=str(self._directory / DESCRIPTOR_SOCKET),
-            coordinator_address=self._settings.coordinator,
+            coordinator_address=self._channel.address,
             link_host=self._settings.link_host or split_address(self._identity.address, "advertise")[0],
             version=self._identity.version,
             coordinator_reachable=self._link.connected,

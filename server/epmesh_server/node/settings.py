@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from epmesh.addresses import has_port, split_address
+from epmesh.addresses import has_port, parse_coordinators, split_address
 from epmesh.errors import InvalidRequest
 from epmesh.tls import TlsFiles
 from epmesh_server.exposure import check_exposure
@@ -26,7 +26,7 @@ class NodeSettings:
         host: address to listen on.
         port: TCP port; 0 takes a free one, and what was bound is published.
         node_id: name of the node, unique among live ones; `None` means ``hostname:port``.
-        coordinator: host:port of the coordinator.
+        coordinator: host:port of the coordinator, or of several of which one leads, with commas between.
         runtime_dir: directory for the unix sockets, mode 0700; `None` makes a fresh one and removes it at the end.
         buffer_bytes: most bytes one source may have for one rank in one exchange; rounded up to whole pages.
         advertise: host or host:port under which others reach this node; `None` means what was bound.
@@ -67,11 +67,16 @@ class NodeSettings:
             raise InvalidRequest(f"slot is {self.slot}; it must not be negative")
         if self.node_id is not None and not 0 < len(self.node_id) <= MAX_NODE_ID_CHARS:
             raise InvalidRequest(f"node id must have 1 to {MAX_NODE_ID_CHARS} characters, not {len(self.node_id)}")
-        coordinator_host, _ = split_address(self.coordinator, "coordinator")
-        check_token_stays_secret(self.join_token_file, coordinator_host, self.tls)
+        for coordinator in self.coordinators:
+            check_token_stays_secret(self.join_token_file, split_address(coordinator, "coordinator")[0], self.tls)
         if self.advertise is not None and has_port(self.advertise):
             split_address(self.advertise, "advertise")
         check_exposure(self.host, self.tls, insecure=self.insecure)
+
+    @property
+    def coordinators(self) -> tuple[str, ...]:
+        """host:port of every coordinator."""
+        return parse_coordinators(self.coordinator)
 
     @property
     def curve(self) -> bool:
