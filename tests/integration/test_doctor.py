@@ -352,7 +352,7 @@ PLACES = (
     Place(
         "everything_is_read_only",
         ("read-only",),
-        "mount -t tmpfs -o ro none /tmp; mount -o remount,ro,bind /; cd /",
+        "mount --bind /tmp /tmp; mount -o remount,ro,bind /tmp; mount -o remount,ro,bind /; cd /",
         seen=("runtime directory", "data directory"),
     ),
     Place(

@@ -396,7 +396,9 @@ class LocalMesh:
         with open_channel(address, tls=self.tls) as channel:
             stub = discovery_service_pb2_grpc.DiscoveryServiceStub(channel)
             try:
-                return View.from_proto(stub.GetView(request, timeout=_VIEW_TIMEOUT_S).view)
+                # On a busy machine one try to connect may take longer than a channel gives it.
+                answer = stub.GetView(request, timeout=_VIEW_TIMEOUT_S, wait_for_ready=True)
+                return View.from_proto(answer.view)
             except grpc.RpcError as exc:
                 raise from_rpc_error(exc, f"GetView at {address}") from exc
 
