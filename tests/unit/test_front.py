@@ -26,7 +26,7 @@ from tests.processes import eventually
 
 MESH, RANK, INCARNATION = "mesh-1", 3, 7
 
-# An eighth of it may be unread answers: many times what one of the tests here has, for a front hears late what was read.
+# An eighth of it may be unread answers: many times what a test has here, for a front hears late what was read.
 BUDGET_BYTES = 100_000
 
 
