@@ -42,7 +42,8 @@ def test_a_node_takes_what_its_unit_and_the_pages_file_set(monkeypatch: pytest.M
 
 def test_the_pages_doctor_gets_the_settings_of_the_unit() -> None:
     unit = (ROOT / "docker" / "systemd" / "epmesh-node.service").read_text()
-    (command,) = re.findall(r"^env (.*?) /opt/epmesh/bin/epmesh doctor$", PAGE, re.MULTILINE | re.DOTALL)
+    as_user = r"^runuser -u epmesh -- env (.*?) /opt/epmesh/bin/epmesh doctor$"
+    (command,) = re.findall(as_user, PAGE, re.MULTILINE | re.DOTALL)
     given = command.replace("\\\n", " ").split()
     assert sorted(word for word in given if word.startswith("EPMESH_")) == sorted(
         re.findall(r"^Environment=(.*)$", unit, re.MULTILINE)
