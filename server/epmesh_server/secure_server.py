@@ -25,17 +25,14 @@ _SAN_KEY = "x509_subject_alternative_name"
 Context = grpc.aio.ServicerContext[Any, Any]
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
-
 MAX_CALLS = 16_384
 """Calls that one TCP port has open at once, streams included; a client its part of them. Beyond: `Overloaded`."""
 _RETRY_AFTER_S = 1.0
 
 _BOUNDS = (
     ("grpc.max_concurrent_streams", 4096),  # of one connection; more wait at the client
-    (
-        "grpc.server_handshake_timeout_ms",
-        5000,
-    ),  # who connects and says nothing is cut off; by default after two minutes
+    # Who connects and says nothing is cut off; by default after two minutes.
+    ("grpc.server_handshake_timeout_ms", 5000),
     ("grpc.max_connection_idle_ms", 600_000),
 )
 _ENDLESS = frozenset(
@@ -111,8 +108,7 @@ def caller_of(context: Context) -> tuple[Identity, ...] | None:
 
 def client_of(context: Context) -> str:
     """For whom a call is made: the owner of its certificate; without TLS, its connection."""
-    shown = caller_of(context)
-    return name_of(shown) if shown else str(context.peer())
+    return _client(caller_of(context), context)
 
 
 class _Configurations:
@@ -169,9 +165,9 @@ class _Gate(grpc.aio.ServerInterceptor):
         name = "_".join(kinds)
         behaviour = getattr(handler, name)
 
-        async def check(context: Context) -> None:
+        async def admit(context: Context) -> str:
             try:
-                self._check(method, context)
+                return self._admit(method, context)
             except EpmeshError as error:
                 await abort(context, error)
 
@@ -179,8 +175,8 @@ class _Gate(grpc.aio.ServerInterceptor):
         if inspect.isasyncgenfunction(behaviour):
 
             async def generate(request: Any, context: Context) -> AsyncIterator[Any]:
-                await check(context)
-                with self._open(context):
+                client = await admit(context)
+                with self._open(client):
                     async for response in behaviour(request, context):
                         yield response
 
@@ -188,19 +184,25 @@ class _Gate(grpc.aio.ServerInterceptor):
         else:
 
             async def call(request: Any, context: Context) -> Any:
-                await check(context)
-                with self._open(context):
+                client = await admit(context)
+                with self._open(client):
                     return await behaviour(request, context)
 
             gated = call
         make = getattr(grpc, f"{name}_rpc_method_handler")
         return cast("_Handler", make(gated, handler.request_deserializer, handler.response_serializer))
 
-    def _check(self, method: str, context: Context) -> None:
-        client = client_of(context)
+    def _admit(self, method: str, context: Context) -> str:
+        """Whose call it is.
+
+        Raises:
+            EpmeshError: it may not be made.
+        """
+        caller = caller_of(context)
+        client = _client(caller, context)
         try:
             if self._access is not None:
-                authorize(self._access, method, caller_of(context) or ())
+                authorize(self._access, method, caller or ())
         except Unauthenticated as error:
             self._refusals.note(client, f"{context.peer()}: {error}")
             raise
@@ -208,16 +210,20 @@ class _Gate(grpc.aio.ServerInterceptor):
         if not self._calls.fits(client, 1):
             open_calls = f"{self._calls.held_by(client)} of {self._calls.held} open calls are this client's"
             raise Overloaded(_RETRY_AFTER_S, f"{open_calls}; one more does not fit into its part of {MAX_CALLS}")
+        return client
 
     @contextlib.contextmanager
-    def _open(self, context: Context) -> Iterator[None]:
-        """Counts a call while it is open; right after `_check`."""
-        client = client_of(context)
+    def _open(self, client: str) -> Iterator[None]:
+        """Counts a call while it is open; right after `_admit`."""
         self._calls.hold(client, 1)
         try:
             yield
         finally:
             self._calls.release(client, 1)
+
+
+def _client(caller: tuple[Identity, ...] | None, context: Context) -> str:
+    return name_of(caller) if caller else str(context.peer())
 
 
 def _check_deadline(method: str, context: Context) -> None:
