@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from epmesh.addresses import join_address
 from epmesh.errors import InvalidRequest
@@ -58,6 +60,27 @@ async def maybe_metrics(host: str, port: int | None, registry: CollectorRegistry
         return
     async with serve_metrics(host, port, registry) as bound:
         yield bound
+
+
+class ServiceCollector(Collector):
+    """Metrics of one service, collected on its event loop."""
+
+    def registry(self) -> CollectorRegistry:
+        """A registry with these metrics alone."""
+        registry = CollectorRegistry()
+        registry.register(self)
+        return registry
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing beforehand: no name here can meet another one's."""
+        return ()
+
+
+def of_view(epoch: int, nodes: int, ranks: int) -> Iterator[Metric]:
+    """What every service says of the newest view."""
+    yield GaugeMetricFamily("epmesh_epoch", "The newest view that this process knows.", epoch)
+    yield GaugeMetricFamily("epmesh_view_nodes", "Nodes of that view.", nodes)
+    yield GaugeMetricFamily("epmesh_view_ranks", "Ranks of that view.", ranks)
 
 
 class _Scrapes:

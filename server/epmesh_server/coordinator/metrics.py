@@ -7,14 +7,13 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from epmesh.view import View
 from epmesh_server.membership import Membership
 from epmesh_server.membership.actions import Action, Note, Prepare, Publish, Send
 from epmesh_server.membership.nodes import NodeStatus
+from epmesh_server.metrics_server import ServiceCollector, of_view
 
 BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
@@ -60,8 +59,8 @@ class CommitCounters:
         self._view = view
 
 
-class CoordinatorCollector(Collector):
-    """Metrics of one coordinator. Collected on its event loop."""
+class CoordinatorCollector(ServiceCollector):
+    """Metrics of one coordinator."""
 
     def __init__(
         self,
@@ -72,28 +71,13 @@ class CoordinatorCollector(Collector):
     ) -> None:
         self._machine, self._counters, self._log_bytes, self._clock = machine, counters, log_bytes, clock
 
-    def registry(self) -> CollectorRegistry:
-        """A registry with these metrics alone."""
-        registry = CollectorRegistry()
-        registry.register(self)
-        return registry
-
-    def describe(self) -> Iterable[Metric]:
-        """Nothing beforehand: no name here can meet another one's."""
-        return ()
-
     def collect(self) -> Iterable[Metric]:
         """All of them, as they are now."""
-        yield from self._of_view()
+        view = self._machine.view
+        yield from of_view(view.epoch, len(view.nodes), len(view.ranks))
         yield from self._of_commits()
         yield from self._of_nodes()
         yield GaugeMetricFamily("epmesh_coordinator_log_bytes", "Size of the log.", self._log_bytes())
-
-    def _of_view(self) -> Iterator[Metric]:
-        view = self._machine.view
-        yield GaugeMetricFamily("epmesh_epoch", "The newest view that this process knows.", view.epoch)
-        yield GaugeMetricFamily("epmesh_view_nodes", "Nodes of that view.", len(view.nodes))
-        yield GaugeMetricFamily("epmesh_view_ranks", "Ranks of that view.", len(view.ranks))
 
     def _of_commits(self) -> Iterator[Metric]:
         counters = self._counters

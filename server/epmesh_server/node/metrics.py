@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from epmesh.v1 import rank_service_pb2 as wire
+from epmesh_server.metrics_server import ServiceCollector, of_view
 from epmesh_server.node.call_budget import CallBudget
 from epmesh_server.node.drivers import Drivers
 from epmesh_server.node.rank_stats import RankRecord, StatsBook
@@ -23,8 +22,8 @@ _Record = tuple[LocalRank, RankRecord]
 Families = Iterator[Metric]
 
 
-class NodeCollector(Collector):
-    """Metrics of one node service. Collected on its event loop."""
+class NodeCollector(ServiceCollector):
+    """Metrics of one node service."""
 
     def __init__(
         self,
@@ -41,16 +40,6 @@ class NodeCollector(Collector):
         self._budgets = budgets
         self._coordinator_reachable = coordinator_reachable
 
-    def registry(self) -> CollectorRegistry:
-        """A registry with these metrics alone."""
-        registry = CollectorRegistry()
-        registry.register(self)
-        return registry
-
-    def describe(self) -> Iterable[Metric]:
-        """Nothing beforehand: no name here can meet another one's."""
-        return ()
-
     def collect(self) -> Iterable[Metric]:
         """All of them, as they are now."""
         yield from self._of_node()
@@ -60,9 +49,7 @@ class NodeCollector(Collector):
 
     def _of_node(self) -> Families:
         view = self._board.view
-        yield GaugeMetricFamily("epmesh_epoch", "The newest view that this process knows.", self._board.epoch)
-        yield GaugeMetricFamily("epmesh_view_nodes", "Nodes of that view.", len(view.nodes) if view else 0)
-        yield GaugeMetricFamily("epmesh_view_ranks", "Ranks of that view.", len(view.ranks) if view else 0)
+        yield from of_view(self._board.epoch, len(view.nodes) if view else 0, len(view.ranks) if view else 0)
         reachable = float(self._coordinator_reachable())
         yield GaugeMetricFamily("epmesh_coordinator_reachable", "1 while its control stream is up.", reachable)
         yield GaugeMetricFamily("epmesh_node_ranks", "Ranks with a living session on this node.", len(self._table))
