@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
@@ -67,7 +68,7 @@ class Services:
         self._settings = settings
         self._mesh_id = mesh_id
         self._encode = Encoder()
-        self._odd: set[str] = set()  # addresses that were complained about
+        self._odd: deque[str] = deque(maxlen=_MAX_ODD)  # addresses that were complained about
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         """What to add to a server. Not by the generated functions: views are sent as bytes that are encoded already."""
@@ -142,7 +143,7 @@ class Services:
         except InvalidRequest as error:
             await abort(context, error)
         if odd is not None and odd not in self._odd:
-            self._odd = {*list(self._odd)[-_MAX_ODD:], odd}
+            self._odd.append(odd)
             _log.warning("register.odd: %s", odd)
 
     async def node_session(self, requests: AsyncIterator[membership.NodeSessionRequest], context: Context) -> None:
