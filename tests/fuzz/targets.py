@@ -42,7 +42,7 @@ from epmesh.v1 import (
 )
 from epmesh.version import VERSION
 from epmesh.view import NodeInfo, RankInfo, RankMode, View
-from epmesh_server.cli.app import parse_size
+from epmesh_server.cli.options import parse_size
 from epmesh_server.cli.waits import summed
 from epmesh_server.coordinator.log import LOG_NAME, FileStore
 from epmesh_server.coordinator.wire import (

@@ -20,9 +20,10 @@ from epmesh.v1 import rank_service_pb2
 from epmesh.view import GroupInfo, NodeInfo, RankInfo, RankMode, View
 from epmesh_server.cli import app as app_module
 from epmesh_server.cli import main, serving, status
-from epmesh_server.cli.app import app, parse_size, take_service_links
+from epmesh_server.cli.app import app
 from epmesh_server.cli.health import ready_ranks
 from epmesh_server.cli.logs import LogLevel
+from epmesh_server.cli.options import parse_size, take_service_links
 from epmesh_server.cli.serving import CoordinatorOptions, default_data_dir
 from epmesh_server.cli.tables import orphans, ranges, view_as_dict, view_as_tables
 from epmesh_server.cli.waits import Waits

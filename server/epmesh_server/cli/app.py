@@ -5,16 +5,26 @@ from __future__ import annotations
 import enum
 import os
 import sys
-from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from epmesh.errors import EpmeshError, InvalidRequest
+from epmesh.errors import EpmeshError
 from epmesh.tls import tls_files
 from epmesh_server.cli import certs
 from epmesh_server.cli.logs import LogLevel, configure_logging
+from epmesh_server.cli.options import (
+    AddressArgument,
+    ClientTlsOption,
+    LevelOption,
+    TokenOption,
+    parse_size,
+    refuse_beside,
+    refuse_without_ranks,
+    take_service_links,
+    tls_dir_beside,
+)
 from epmesh_server.hosted.options import DEFAULT_DRAIN_S, HostedRanks, parse_hold
 
 _DATA_DIR = "$XDG_STATE_HOME/epmesh/coordinator-PORT"
@@ -29,17 +39,6 @@ app = typer.Typer(
 )
 
 app.add_typer(certs.app, name="certs")
-
-TokenOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--join-token-file",
-        envvar="EPMESH_JOIN_TOKEN_FILE",
-        help="File with a secret: nodes that are new to the mesh show it to the coordinator.",
-        show_default="none is needed",
-    ),
-]
-LevelOption = Annotated[LogLevel, typer.Option(envvar="EPMESH_LOG_LEVEL", help="Least severe lines on stderr.")]
 
 
 class BenchOf(enum.Enum):
@@ -79,7 +78,7 @@ def serve(
         typer.Option(
             envvar="EPMESH_NODE_ID",
             help="Name of the node, unique among live ones.",
-            show_default="hostname:port",
+            show_default="as in its certificate, else hostname:port",
             rich_help_panel=_SERVICE,
         ),
     ] = None,
@@ -104,7 +103,7 @@ def serve(
             envvar="EPMESH_ADVERTISE",
             metavar="HOST[:PORT]",
             help="Where others reach this node.",
-            show_default="what it listens on",
+            show_default="what it listens on; if that is everything, its address towards the coordinator",
             rich_help_panel=_SERVICE,
         ),
     ] = None,
@@ -310,11 +309,8 @@ def serve(
     from epmesh_server.node import NodeSettings
 
     configure_logging(log_level)
-    beside = {"--coordinator-port": "coordinator_port", "--data-dir": "data_dir", "--stride": "stride"}
-    beside["--coordinator-tls-dir"] = "coordinator_tls_dir"
-    beside["--coordinator-metrics-port"] = "coordinator_metrics_port"
     if coordinator is not None:
-        _refuse_beside(context, coordinator, {**beside, "--min-nodes": "min_nodes"})
+        refuse_beside(context, coordinator)
     hosted = None
     if ranks:
         hosted = HostedRanks(
@@ -333,7 +329,7 @@ def serve(
             log_level=log_level.value,
         )
     else:
-        _refuse_without_ranks(context)
+        refuse_without_ranks(context)
     serving.serve(
         NodeSettings(
             host=host,
@@ -358,7 +354,7 @@ def serve(
             data_dir=data_dir,
             stride=stride,
             min_nodes=min_nodes,
-            tls_dir=_tls_dir_beside(tls_dir, coordinator_tls_dir),
+            tls_dir=tls_dir_beside(tls_dir, coordinator_tls_dir),
             insecure=insecure,
             metrics_port=coordinator_metrics_port,
             join_token_file=join_token_file,
@@ -451,22 +447,10 @@ def coordinator(
 
 @app.command()
 def status(
-    address: Annotated[
-        str,
-        typer.Argument(
-            envvar="EPMESH_ADDRESS", metavar="[HOST:PORT]", help="A node service, or a coordinator.", show_default=True
-        ),
-    ] = "127.0.0.1:7400",
+    address: AddressArgument = "127.0.0.1:7400",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on showing every new view, until Ctrl-C.")] = False,
-    tls_dir: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="EPMESH_TLS_DIR",
-            help="Directory with ca.crt, tls.crt and tls.key, where the mesh is secured.",
-            show_default="no TLS",
-        ),
-    ] = None,
+    tls_dir: ClientTlsOption = None,
 ) -> None:
     """Show who is in the mesh: nodes, ranks, devices, modes, groups and experts."""
     from epmesh_server.cli import status as status_command
@@ -562,20 +546,8 @@ def doctor(
 
 @app.command()
 def health(
-    address: Annotated[
-        str,
-        typer.Argument(
-            envvar="EPMESH_ADDRESS", metavar="[HOST:PORT]", help="A node service, or a coordinator.", show_default=True
-        ),
-    ] = "127.0.0.1:7400",
-    tls_dir: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="EPMESH_TLS_DIR",
-            help="Directory with ca.crt, tls.crt and tls.key, where the mesh is secured.",
-            show_default="no TLS",
-        ),
-    ] = None,
+    address: AddressArgument = "127.0.0.1:7400",
+    tls_dir: ClientTlsOption = None,
     ranks: Annotated[
         int, typer.Option(envvar="EPMESH_RANKS", help="Of the node, that must be in the view and answer.")
     ] = 0,
@@ -627,62 +599,3 @@ def bench(
     {BenchOf.EXCHANGE: run_bench, BenchOf.ROUTER: bench_routers, BenchOf.ATTACH: bench_attach}[of](
         plan, as_json=as_json
     )
-
-
-def take_service_links(environment: MutableMapping[str, str]) -> dict[str, str]:
-    """Takes variables out of `environment` that Kubernetes made, and returns them.
-
-    In a pod, a service named ``epmesh`` is also ``EPMESH_PORT=tcp://10.96.0.7:7400``, which is an option's variable.
-    """
-    options = ("EPMESH_PORT", "EPMESH_COORDINATOR_PORT", "EPMESH_METRICS_PORT", "EPMESH_COORDINATOR_METRICS_PORT")
-    names = [name for name in options if "://" in environment.get(name, "")]
-    return {name: environment.pop(name) for name in names}
-
-
-def _tls_dir_beside(tls_dir: Path | None, coordinator_tls_dir: Path | None) -> Path | None:
-    """The certificates of the coordinator beside a node: both are secured, or neither is."""
-    if (tls_dir is None) != (coordinator_tls_dir is None):
-        given, missing = ("--tls-dir", "--coordinator-tls-dir") if tls_dir else ("--coordinator-tls-dir", "--tls-dir")
-        raise InvalidRequest(f"{given} without {missing}: the coordinator beside this node and the node need one each")
-    return coordinator_tls_dir
-
-
-def parse_size(text: str) -> int:
-    """Bytes of ``4096``, ``64MiB``, ``1GiB`` and the like.
-
-    Raises:
-        InvalidRequest: it is something else.
-    """
-    units = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-    digits = text.strip().rstrip("BbIiKkMmGg ")
-    unit = text.strip()[len(digits) :].strip().lower()
-    if not (digits.isascii() and digits.isdigit()) or unit not in units:
-        raise InvalidRequest(f"size is {text!r}; write bytes as 4096, 64MiB or 1GiB")
-    return int(digits) * units[unit]
-
-
-def _refuse_without_ranks(context: typer.Context) -> None:
-    """Options of hosted ranks mean nothing where there are none."""
-    names = (
-        "experts", "num_experts", "hold", "world_size", "tensor_parallel_size", "max_tokens_per_rank",
-        "exchange_timeout", "device", "threads", "drain",
-    )  # fmt: skip
-    given = _given(context, {f"--{name.replace('_', '-')}": name for name in names})
-    if given:
-        raise InvalidRequest(f"{', '.join(given)}: this node hosts no ranks; say how many with --ranks N")
-
-
-def _given(context: typer.Context, options: dict[str, str]) -> list[str]:
-    """Those of `options` (option -> parameter) that the command line has."""
-    return [
-        option
-        for option, name in options.items()
-        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
-    ]
-
-
-def _refuse_beside(context: typer.Context, coordinator: str, options: dict[str, str]) -> None:
-    """Options of the coordinator beside the node mean nothing where there is none."""
-    given = _given(context, options)
-    if given:
-        raise InvalidRequest(f"{', '.join(given)}: the coordinator at {coordinator} has its own; leave this out")

@@ -15,21 +15,24 @@ from epmesh_server.certificates import CA_KEY_NAME, DEFAULT_DAYS, Authority, dir
 
 app = typer.Typer(no_args_is_help=True, help="Make certificates: an authority, and one for everybody in a mesh.")
 DirectoryArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Where the set is, a directory for each.")]
+NodeOption = Annotated[list[str] | None, typer.Option(help="Id of a node (--node-id); give it again for more.")]
+DriverOption = Annotated[list[str] | None, typer.Option(help="Name of a process that drives hosted ranks.")]
+RouterOption = Annotated[list[str] | None, typer.Option(help="Name of a router.")]
+ObserverOption = Annotated[list[str] | None, typer.Option(help="Name of a client that only looks on.")]
 DaysOption = Annotated[int, typer.Option(min=1, help="For which they are valid.")]
 
 
 @app.command()
 def init(
     directory: DirectoryArgument,
-    node: Annotated[list[str] | None, typer.Option(help="Id of a node (--node-id); give it again for more.")] = None,
-    driver: Annotated[list[str] | None, typer.Option(help="Name of a process that drives hosted ranks.")] = None,
-    router: Annotated[list[str] | None, typer.Option(help="Name of a router.")] = None,
-    observer: Annotated[list[str] | None, typer.Option(help="Name of a client that only looks on.")] = None,
+    node: NodeOption = None,
+    driver: DriverOption = None,
+    router: RouterOption = None,
+    observer: ObserverOption = None,
     days: DaysOption = DEFAULT_DAYS,
 ) -> None:
     """Make an authority, and certificates for a coordinator and for those named."""
-    named = ((Role.NODE, node), (Role.DRIVER, driver), (Role.ROUTER, router), (Role.OBSERVER, observer))
-    wanted = [Identity(Role.COORDINATOR), *(Identity(role, name) for role, names in named for name in names or ())]
+    wanted = [Identity(Role.COORDINATOR), *_named(node, driver, router, observer)]
     for identity in wanted:
         directory_name(identity)  # refuses odd names before anything is written
     authority = Authority.make(directory)
@@ -50,23 +53,28 @@ def init(
 @app.command()
 def add(
     directory: DirectoryArgument,
-    node: Annotated[list[str] | None, typer.Option(help="Id of a node; give it again for more.")] = None,
-    driver: Annotated[list[str] | None, typer.Option(help="Name of a process that drives hosted ranks.")] = None,
-    router: Annotated[list[str] | None, typer.Option(help="Name of a router.")] = None,
-    observer: Annotated[list[str] | None, typer.Option(help="Name of a client that only looks on.")] = None,
+    node: NodeOption = None,
+    driver: DriverOption = None,
+    router: RouterOption = None,
+    observer: ObserverOption = None,
     coordinator: Annotated[bool, typer.Option("--coordinator", help="Another coordinator.")] = False,
     days: DaysOption = DEFAULT_DAYS,
     replace: Annotated[bool, typer.Option("--replace", help="Rotate: replace the files that are there.")] = False,
 ) -> None:
     """Make more certificates with the authority that is there, or replace old ones."""
-    named = ((Role.NODE, node), (Role.DRIVER, driver), (Role.ROUTER, router), (Role.OBSERVER, observer))
-    wanted = [Identity(role, name) for role, names in named for name in names or ()]
+    wanted = _named(node, driver, router, observer)
     if coordinator:
         wanted.append(Identity(Role.COORDINATOR))
     if not wanted:
         roles = ", ".join(f"--{role.value}" for role in (Role.COORDINATOR, Role.NODE, *CLIENT_ROLES))
         raise InvalidRequest(f"say for whom: {roles}")
     _issue(Authority.load(directory), wanted, days, replace=replace)
+
+
+def _named(*names_by_role: list[str] | None) -> list[Identity]:
+    """Those of nodes, drivers, routers and observers, in this order."""
+    roles = (Role.NODE, *CLIENT_ROLES)
+    return [Identity(role, name) for role, names in zip(roles, names_by_role, strict=True) for name in names or ()]
 
 
 def _issue(authority: Authority, wanted: Sequence[Identity], days: int, *, replace: bool) -> None:
