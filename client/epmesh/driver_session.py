@@ -111,8 +111,14 @@ class DriverSession:
 
     @contextlib.contextmanager
     def calling(self) -> Iterator[None]:
-        """A call is under way inside the block; one that is left by anything but an answer is so for good."""
-        with self._lock:
+        """A call is under way inside the block; one that is left by anything but an answer is so for good.
+
+        Raises:
+            MeshUnavailable: the rank was given back.
+        """
+        with self._lock:  # the lock of `detach`: it either sees this call, or comes first and the call is never made
+            if self._detached:
+                raise self._given_back()
             self._under_way += 1
         try:
             yield
@@ -201,7 +207,7 @@ class DriverSession:
         self.channel.close()
 
     def _read(self) -> None:
-        error: EpmeshError = MeshUnavailable(f"rank {self.rank} was given back; attach again")
+        error: EpmeshError = self._given_back()
         try:
             for granted in self._stream:
                 if not self._granted.done():
@@ -209,6 +215,9 @@ class DriverSession:
         except grpc.RpcError as exc:
             error = errors.from_rpc_error(exc, f"AttachRank at {self.node.address}")
         self._end(error)
+
+    def _given_back(self) -> MeshUnavailable:
+        return MeshUnavailable(f"rank {self.rank} was given back; attach again")
 
     def _end(self, error: EpmeshError) -> None:
         with self._lock:

@@ -167,7 +167,7 @@ def test_a_rank_that_is_left_in_the_middle_of_a_call_is_given_up_and_not_waited_
         comms = [mesh.attach(rank, transport) for rank in range(2)]
         assert both(pool, comms, total) == [2.0, 2.0]
         left = pool.submit(waiting_sum, comms[0])
-        while not comms[0]._busy.locked():  # type: ignore[attr-defined]
+        while not comms[0]._rank.session._under_way:  # type: ignore[attr-defined]
             time.sleep(0.001)
         comms[0].destroy()
         assert isinstance(left.result(30)[0], MeshUnavailable)
@@ -183,6 +183,13 @@ def test_calls_after_the_end_say_so(mesh: HostedMesh) -> None:
     for each in (comm, world):
         with pytest.raises(InvalidRequest, match=f"group '{each.unique_name}' was destroyed"):
             each.check()
+
+
+def test_a_call_that_comes_second_to_the_end_is_not_made(mesh: HostedMesh) -> None:
+    session = DriverSession(NodeAddress(mesh.addresses[0]), 0, "leaves", 5.0, tls=None)
+    session.detach()
+    with pytest.raises(MeshUnavailable, match="rank 0 was given back"), session.calling():
+        pytest.fail("the rank may have another driver by now")
 
 
 def test_the_calls_of_an_earlier_driver_are_refused(mesh: HostedMesh) -> None:
@@ -383,7 +390,7 @@ def test_a_hosted_rank_that_is_ended_gives_up_the_call_that_it_is_in(pool: Threa
     with HostedMesh(1, 2) as mesh:
         comms = [mesh.attach(rank) for rank in range(2)]
         waiting = pool.submit(waiting_sum, comms[0])
-        while not comms[0]._busy.locked():  # type: ignore[attr-defined]
+        while not comms[0]._rank.session._under_way:  # type: ignore[attr-defined]
             time.sleep(0.001)
         ended_at = time.monotonic()
         mesh.end_rank(0)

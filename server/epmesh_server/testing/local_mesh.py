@@ -170,11 +170,12 @@ class LocalMesh:
             services = [*([self._coordinator] if self._coordinator else []), *self._node_children.values()]
             self._rank_children, self._driver_children = {}, {}
             self._node_children, self._coordinator = {}, None
-        if self._hosted:
-            for child in services:
-                child.terminate()  # first: that the ranks are gone is no news to services that end
-            for child in ranks:
-                child.kill()  # there is nobody left whom they should answer
+        for child in ranks:
+            child.pause()  # they say nothing of what ends around them, and there is nobody left whom they should answer
+        for child in services:
+            child.terminate()  # before the ranks are gone, which is no news to services that end
+        for child in ranks:
+            child.kill()
         end_all([*services, *ranks], _GRACE_S)
         self._worker.close()
         for port in self._ports:
