@@ -63,6 +63,13 @@ def call_parts(call: NodeCall, tokens: Tokens) -> Parts:
     return metas, [t.buffer() for t in tensors]
 
 
+def front_request(call: NodeCall, metas: list[frame_pb2.TensorMeta]) -> front_pb2.FrontRequest:
+    """The header of a call to a front, but for what its sender fills in."""
+    ranks = [info.rank for info in call.part.ranks]
+    rows = front_pb2.ServeRows(layer=call.layer, epoch=call.view.epoch, ranks=ranks)
+    return front_pb2.FrontRequest(serve_rows=rows, tensors=metas)
+
+
 class FrontRows:
     """Over ZeroMQ, to the front of a serving rank."""
 
@@ -79,10 +86,7 @@ class FrontRows:
     def send(self, call: NodeCall, parts: Parts, timeout_s: float) -> Future[FrontReply]:
         """As `RowTransport`."""
         metas, buffers = parts
-        serve = front_pb2.ServeRows(
-            layer=call.layer, epoch=call.view.epoch, ranks=[info.rank for info in call.part.ranks]
-        )
-        request = front_pb2.FrontRequest(serve_rows=serve, tensors=metas)
+        request = front_request(call, metas)
         peer = FrontPeer(
             call.entry.rank,
             call.entry.incarnation,
