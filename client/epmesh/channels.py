@@ -6,6 +6,7 @@ Servers take `COMMON` and `KEEPALIVE` too, for both ends of a connection must ag
 from __future__ import annotations
 
 import logging
+from collections import deque
 from dataclasses import dataclass
 
 import grpc
@@ -17,6 +18,7 @@ from epmesh.tls import SERVICE_NAME, TlsFiles
 _log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 16 << 20
 UNIX_PREFIX = "unix:"
+_MAX_BEFORE = 8  # channels of earlier certificates; one rotation replaces three files, and may be seen as three
 
 Options = tuple[tuple[str, int], ...]
 
@@ -101,7 +103,7 @@ class RenewedChannel:
         self._node, self._tls = node, tls
         self._stamp = _stamp(tls)
         self._channel = self._open()
-        self._before: grpc.Channel | None = None  # calls from before the files were replaced go on there
+        self._before: deque[grpc.Channel] = deque()  # calls from before the files were replaced go on there
 
     def get(self) -> grpc.Channel:
         """The channel for a new call."""
@@ -113,16 +115,16 @@ class RenewedChannel:
         except InvalidRequest as exc:
             _log.warning("tls.failed: %s; calls go on with the certificate from before", exc)
             return self._channel
-        if self._before is not None:
-            self._before.close()
-        self._before, self._channel, self._stamp = self._channel, opened, stamp
+        self._before.append(self._channel)
+        self._channel, self._stamp = opened, stamp
+        if len(self._before) > _MAX_BEFORE:
+            self._before.popleft().close()
         return opened
 
     def close(self) -> None:
         """Ends all calls."""
-        for channel in (self._before, self._channel):
-            if channel is not None:
-                channel.close()
+        for channel in (*self._before, self._channel):
+            channel.close()
 
     def _open(self) -> grpc.Channel:
         return open_channel(self._node.address, tls=self._tls, server=self._node.server)

@@ -1,4 +1,8 @@
-"""A driver's hold on a rank: the stream that keeps it, and what ends when it does."""
+"""A driver's hold on a rank: the stream that keeps it, and what ends when it does.
+
+Where the files of a certificate are replaced, another stream takes the hold over, on a connection that shows the new
+one. The session is over once no stream holds the rank.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
 from epmesh import errors
 from epmesh.addresses import split_address
-from epmesh.channels import NodeAddress, open_channel
+from epmesh.channels import NodeAddress, RenewedChannel, open_channel
 from epmesh.driver_memory import DriverMemory
 from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, NotReady
 from epmesh.local_sockets import why_not_ours
@@ -39,12 +43,13 @@ _log = logging.getLogger(__name__)
 
 RPC_TIMEOUT_S = 2.0
 _RETRY_S = 0.05
+_RENEW_S = 1.0  # how often the files of a certificate are looked at
 _MAX_DATAGRAM = 65_536
 _T = TypeVar("_T")
 
 
 class DriverSession:
-    """One AttachRank stream. A thread of its own hears of its end, which fails whatever is waited for at once."""
+    """A rank's driver. A thread of its own hears of the end, which fails whatever is waited for at once."""
 
     def __init__(self, node: NodeAddress, rank: int, driver: str, timeout_s: float, tls: TlsFiles | None) -> None:
         """Becomes the rank's driver.
@@ -66,21 +71,33 @@ class DriverSession:
         self._watchers: dict[int, Callable[[], object]] = {}
         self._detached = False
         self._under_way = 0
-        self.channel = open_channel(node.address, tls=tls, server=node.server)
-        self._stub = communicator_service_pb2_grpc.CommunicatorServiceStub(self.channel)
+        self._held = False
+        self._streams: dict[Any, threading.Thread] = {}  # that hold the rank, or ask for it, and who reads them
+        self._over = threading.Event()
+        self._opening = threading.Lock()  # guards _channels
+        self._channels = RenewedChannel(node, tls)
+        self._renewing: threading.Thread | None = None
         request = communicator_service_pb2.AttachRankRequest(rank=rank, driver=driver, version=VERSION)
-        self._granted: Future[communicator_service_pb2.AttachRankResponse] = Future()
-        self._stream = self._stub.AttachRank(request)
-        self._thread = threading.Thread(target=self._read, name="epmesh-driver", daemon=True)
-        self._thread.start()
+        channel = self.channel
         try:
-            self.granted = self._granted.result(timeout_s)
+            self.granted = self._hold(channel, request)[1].result(timeout_s)
         except TimeoutError:
             self._hang_up()
             raise MeshUnavailable(f"AttachRank at {node.address}: no answer within {timeout_s:g} s") from None
         except BaseException:
             self._hang_up()
             raise
+        if tls is not None:
+            self._renewing = threading.Thread(
+                target=self._renew, args=(channel,), name="epmesh-driver-certificate", daemon=True
+            )
+            self._renewing.start()
+
+    @property
+    def channel(self) -> grpc.Channel:
+        """For a call that is made now: it shows the certificate of now."""
+        with self._opening:
+            return self._channels.get()
 
     @property
     def error(self) -> EpmeshError | None:
@@ -194,27 +211,83 @@ class DriverSession:
             orderly = self._error is None and not self._under_way
         if orderly:
             request = communicator_service_pb2.DetachRankRequest(rank=self.rank, token=self.granted.token)
+            stub = communicator_service_pb2_grpc.CommunicatorServiceStub(self.channel)
             try:
-                self._stub.DetachRank(request, timeout=RPC_TIMEOUT_S)
+                stub.DetachRank(request, timeout=RPC_TIMEOUT_S)
             except grpc.RpcError as exc:
                 _log.warning("rank=%d detach.failed: %s", self.rank, errors.from_rpc_error(exc, "DetachRank"))
         self._hang_up()
 
     def _hang_up(self) -> None:
-        self._detached = True
-        self._stream.cancel()
-        self._thread.join(RPC_TIMEOUT_S)
-        self.channel.close()
+        with self._lock:
+            self._detached = True
+            streams = dict(self._streams)
+        self._over.set()
+        for stream in streams:
+            stream.cancel()
+        for thread in (*streams.values(), self._renewing):
+            if thread is not None:
+                thread.join(RPC_TIMEOUT_S)
+        self._channels.close()
 
-    def _read(self) -> None:
+    def _hold(
+        self, channel: grpc.Channel, request: communicator_service_pb2.AttachRankRequest
+    ) -> tuple[Any, Future[communicator_service_pb2.AttachRankResponse]]:
+        """Opens a stream that holds the rank; the future has its answer.
+
+        Raises:
+            MeshUnavailable: the rank was given back.
+        """
+        granted: Future[communicator_service_pb2.AttachRankResponse] = Future()
+        with self._lock:
+            if self._detached:
+                raise self._given_back()
+            stream = communicator_service_pb2_grpc.CommunicatorServiceStub(channel).AttachRank(request)
+            thread = threading.Thread(target=self._read, args=(stream, granted), name="epmesh-driver", daemon=True)
+            self._streams[stream] = thread
+        thread.start()
+        return stream, granted
+
+    def _renew(self, held_on: grpc.Channel) -> None:
+        """Has the rank held on the channel of now, whenever that is another one, until the session is over."""
+        said = ""
+        while not self._over.wait(_RENEW_S):
+            channel = self.channel
+            if channel is held_on:
+                continue
+            request = communicator_service_pb2.AttachRankRequest(
+                rank=self.rank, version=VERSION, token=self.granted.token
+            )
+            try:
+                stream, granted = self._hold(channel, request)
+            except MeshUnavailable:  # given back meanwhile
+                return
+            try:
+                granted.result(RPC_TIMEOUT_S)
+                held_on, said = channel, ""
+            except (TimeoutError, EpmeshError) as exc:
+                stream.cancel()
+                why = str(exc) or "no answer in time"
+                if why != said and not self._over.is_set():
+                    _log.warning("rank=%d renew.failed: %s; the stream from before goes on", self.rank, why)
+                said = why
+
+    def _read(self, stream: Any, granted: Future[communicator_service_pb2.AttachRankResponse]) -> None:
         error: EpmeshError = self._given_back()
         try:
-            for granted in self._stream:
-                if not self._granted.done():
-                    self._granted.set_result(granted)
+            for answer in stream:
+                self._held = True
+                if not granted.done():
+                    granted.set_result(answer)
         except grpc.RpcError as exc:
             error = errors.from_rpc_error(exc, f"AttachRank at {self.node.address}")
-        self._end(error)
+        with self._lock:
+            del self._streams[stream]
+            over = not self._streams
+        if over:
+            self._end(error)
+        if not granted.done():
+            granted.set_exception(error)
 
     def _given_back(self) -> MeshUnavailable:
         return MeshUnavailable(f"rank {self.rank} was given back; attach again")
@@ -223,9 +296,8 @@ class DriverSession:
         with self._lock:
             self._error = error
             watchers = list(self._watchers.values())
-        if not self._granted.done():
-            self._granted.set_exception(error)
-        elif not self._detached:
+        self._over.set()
+        if self._held and not self._detached:
             _log.warning("rank=%d driver.ended: %s", self.rank, error)
         for on_end in watchers:
             on_end()

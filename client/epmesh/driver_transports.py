@@ -157,9 +157,7 @@ class GrpcTransport(DriverTransport):
 
     def __init__(self, session: DriverSession) -> None:
         self._session = session
-        self._long = {field: _multicallable(session.channel.stream_stream, each) for field, each in METHODS.items()}
-        # The same on the wire; but gRPC starts a thread for every request that is a stream.
-        self._short = {field: _multicallable(session.channel.unary_stream, each) for field, each in METHODS.items()}
+        self._calls = _Calls(session.channel)
 
     def call(
         self,
@@ -177,9 +175,9 @@ class GrpcTransport(DriverTransport):
         first = {"call": header, "arguments": getattr(call.arguments, method.field)}
         requests = messages(method.request, first, (tensor.data for tensor in tensors))
         if sum(tensor.size for tensor in tensors) <= CHUNK_BYTES:
-            stream = self._short[method.field](next(requests), timeout=timeout_s)
+            stream = self._current().short[method.field](next(requests), timeout=timeout_s)
         else:
-            stream = self._long[method.field](requests, timeout=timeout_s)
+            stream = self._current().long[method.field](requests, timeout=timeout_s)
         try:
             with self._session.watched(stream.cancel):
                 return _assembled(stream)
@@ -189,6 +187,12 @@ class GrpcTransport(DriverTransport):
             stream.cancel()
             raise
 
+    def _current(self) -> _Calls:
+        channel = self._session.channel
+        if self._calls.channel is not channel:
+            self._calls = _Calls(channel)
+        return self._calls
+
     def _meaning(self, exc: grpc.RpcError, method: Method) -> EpmeshError:
         error = errors.from_rpc_error(exc, method.name)
         if isinstance(error, DeadlineExceeded) and error.sequence == 0 and error.rank < 0:  # gRPC's own
@@ -196,6 +200,16 @@ class GrpcTransport(DriverTransport):
         if isinstance(error, MeshUnavailable) or self._session.error is not None:
             return self._session.end_within(_SETTLE_S) or error
         return error
+
+
+class _Calls:
+    """The calls of one channel."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.channel = channel
+        self.long = {field: _multicallable(channel.stream_stream, each) for field, each in METHODS.items()}
+        # The same on the wire; but gRPC starts a thread for every request that is a stream.
+        self.short = {field: _multicallable(channel.unary_stream, each) for field, each in METHODS.items()}
 
 
 def _multicallable(make: Callable[..., Any], method: Method) -> Any:

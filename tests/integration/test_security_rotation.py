@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,6 +98,26 @@ def under_load(mesh: LocalMesh) -> Iterator[Callable[[], None]]:
                 load.goes_on()
 
         yield all_go_on
+
+
+def total(comm: epmesh.Communicator) -> float:
+    tensor: Any = np.ones(2, np.float32)
+    return float(comm.all_reduce(tensor)[0])
+
+
+def test_attached_drivers_go_on_with_new_certificates(tmp_path: Path) -> None:
+    with LocalMesh(2, 1, hosted=True, transport="grpc", tls=True) as mesh:
+        authority = mesh.authority
+        assert authority is not None
+        load = Load(lambda: mesh.run(total))
+        try:
+            load.goes_on()
+            for number in range(2):
+                for directory in directories(mesh):
+                    issue_in_place(authority, directory, tmp_path / f"{number}")
+                    load.goes_on()
+        finally:
+            load.close()
 
 
 def directories(mesh: LocalMesh) -> list[Path]:

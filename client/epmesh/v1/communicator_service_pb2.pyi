@@ -10,14 +10,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AttachRankRequest(_message.Message):
-    __slots__ = ("rank", "driver", "version")
+    __slots__ = ("rank", "driver", "version", "token")
     RANK_FIELD_NUMBER: _ClassVar[int]
     DRIVER_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     rank: int
     driver: str
     version: str
-    def __init__(self, rank: _Optional[int] = ..., driver: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+    token: bytes
+    def __init__(self, rank: _Optional[int] = ..., driver: _Optional[str] = ..., version: _Optional[str] = ..., token: _Optional[bytes] = ...) -> None: ...
 
 class AttachRankResponse(_message.Message):
     __slots__ = ("token", "mesh_id", "incarnation", "front_endpoint", "descriptor_socket", "curve_key")

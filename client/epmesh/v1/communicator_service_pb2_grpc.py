@@ -169,7 +169,9 @@ class CommunicatorServiceServicer(object):
 
     def AttachRank(self, request, context):
         """AttachRank makes the caller the rank's driver for as long as the stream lives. One answer comes at once. A second
-        driver is refused and told who has the rank. When the stream breaks, what the rank had under way is given up.
+        driver is refused and told who has the rank. When the stream breaks, what the rank had under way is given up. The
+        driver may open another stream, with its token, which takes the place of the one before: that ends, without an
+        error, and what is under way goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -618,7 +618,9 @@ class CommunicatorServiceStub(typing.Generic[_CommunicatorServiceAttachRankType,
 
     AttachRank: _CommunicatorServiceAttachRankType
     """AttachRank makes the caller the rank's driver for as long as the stream lives. One answer comes at once. A second
-    driver is refused and told who has the rank. When the stream breaks, what the rank had under way is given up.
+    driver is refused and told who has the rank. When the stream breaks, what the rank had under way is given up. The
+    driver may open another stream, with its token, which takes the place of the one before: that ends, without an
+    error, and what is under way goes on.
     """
 
     DetachRank: _CommunicatorServiceDetachRankType
@@ -803,7 +805,9 @@ class CommunicatorServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[epmesh.v1.communicator_service_pb2.AttachRankResponse], collections.abc.AsyncIterator[epmesh.v1.communicator_service_pb2.AttachRankResponse]]:
         """AttachRank makes the caller the rank's driver for as long as the stream lives. One answer comes at once. A second
-        driver is refused and told who has the rank. When the stream breaks, what the rank had under way is given up.
+        driver is refused and told who has the rank. When the stream breaks, what the rank had under way is given up. The
+        driver may open another stream, with its token, which takes the place of the one before: that ends, without an
+        error, and what is under way goes on.
         """
 
     @abc.abstractmethod

@@ -86,12 +86,13 @@ class CommunicatorService:
             driver = self._drivers.attach(request)
         except EpmeshError as exc:
             await abort(context, exc)
+        hold = driver.hold
         try:
             await context.write(self._granted(driver))
-            await _first(driver.detached.wait(), driver.entry.ended.wait())
+            await _first(driver.detached.wait(), driver.entry.ended.wait(), hold.wait())
         finally:
-            self._drivers.gone(driver)  # before anything else: the handler is cancelled when the driver is gone
-        if not driver.detached.is_set():
+            self._drivers.gone(driver, hold)  # before anything else: the handler is cancelled when the driver is gone
+        if not driver.detached.is_set() and not hold.is_set():
             await abort(context, lost(driver))
 
     async def _detach(self, request: wire.DetachRankRequest, context: _Context) -> wire.DetachRankResponse:

@@ -33,6 +33,7 @@ class Driver:
         text: who it is, for people.
         since: when it began.
         token: what it shows in every call.
+        hold: of the stream that holds the rank; set once another one of the same driver took its place.
         detached: set once it gave the rank back.
     """
 
@@ -40,6 +41,7 @@ class Driver:
     text: str
     since: datetime
     token: bytes
+    hold: asyncio.Event = field(default_factory=asyncio.Event)
     detached: asyncio.Event = field(default_factory=asyncio.Event)
     memfd: int = -1
 
@@ -77,16 +79,20 @@ class Drivers:
         return len(self._by_rank)
 
     def attach(self, request: communicator_service_pb2.AttachRankRequest) -> Driver:
-        """Gives a rank to a driver.
+        """Gives a rank to a driver; to the one that has it where the request has its token.
 
         Raises:
             InvalidRequest: the rank has a driver, is another node's, or cannot be driven.
             NotReady: the rank is not here yet.
+            Unauthenticated: the token is not that of the rank's driver.
+            MeshUnavailable: the rank of that driver is gone.
         """
         if request.version:
             check_compatible(VERSION, request.version, "the driver", here="the node service")
         if len(request.driver) > _MAX_DRIVER_CHARS:
             raise InvalidRequest(f"driver has {len(request.driver)} characters; at most {_MAX_DRIVER_CHARS} are taken")
+        if request.token:
+            return self._held_anew(self.driver_of(request.rank, request.token))
         entry = self._entry(request.rank)
         known = self._by_rank.get(entry.rank)
         if known is not None and known.entry is entry:
@@ -108,9 +114,9 @@ class Drivers:
         driver.detached.set()
         _log.info("rank %d, epoch %d: detached by %s", rank, self._board.epoch, driver)
 
-    def gone(self, driver: Driver) -> None:
-        """The driver's stream ended; if it did not give its rank back, the rank goes with it."""
-        if self._forget(driver) and driver.entry.error is None:
+    def gone(self, driver: Driver, hold: asyncio.Event) -> None:
+        """A stream of the driver ended; if it held the rank, and did not give it back, the rank goes with it."""
+        if driver.hold is hold and self._forget(driver) and driver.entry.error is None:
             self._died(driver.entry, f"its driver, {driver}, is gone")
 
     def driver_of(self, rank: int, token: bytes) -> Driver:
@@ -143,6 +149,12 @@ class Drivers:
             except OSError as exc:
                 raise Overloaded(1.0, f"cannot make {self._memory_bytes} bytes of memory for a driver: {exc}") from exc
         return driver.memfd, self._memory_bytes
+
+    def _held_anew(self, driver: Driver) -> Driver:
+        driver.hold.set()
+        driver.hold = asyncio.Event()
+        _log.info("rank %d, epoch %d: held by another stream of %s", driver.entry.rank, self._board.epoch, driver)
+        return driver
 
     def _forget(self, driver: Driver) -> bool:
         if driver.memfd >= 0:
