@@ -17,7 +17,6 @@ from typing import Any
 from epmesh.attached_arguments import (
     Arguments,
     Fill,
-    Work,
     fill_scatter,
     plan_operation,
     put_dispatch,
@@ -44,6 +43,7 @@ from epmesh.tensors import (
 )
 from epmesh.v1 import frame_pb2, front_pb2, view_pb2
 from epmesh.view import View
+from epmesh.work import Work
 
 _GRACE_S = 5.0
 _LONGEST_CALL_S = MAX_TIMEOUT_S - 10.0  # a transport may add some seconds
@@ -314,18 +314,44 @@ class AttachedCommunicator(Communicator):
     def batch_isend_irecv(self, p2p_ops: list[Any]) -> list[Any]:
         with refusals():
             planned = [plan_operation(op, self.ranks) for op in p2p_ops]
-        works: list[Any] = []
-        for is_send, tensor, peer in planned:
-            if is_send:
-                self.send(tensor, peer)
-            works.append(Work(None if is_send else functools.partial(self._recv_into, tensor, peer)))
-        return works
+        # Receives are opened first: where both sides have more to send than may wait unread, they make room.
+        receives = [(tensor, peer) for is_send, tensor, peer in planned if not is_send]
+        first = self._open_receives(receives) if receives else 0
+        numbers = iter(range(first, first + len(receives)))
+        try:
+            for is_send, tensor, peer in planned:
+                if is_send:
+                    self.send(tensor, peer)
+        except BaseException:
+            with contextlib.suppress(EpmeshError):  # the one that is under way says more
+                self._close_receives(numbers)
+            raise
+        return [
+            Work() if is_send else Work(functools.partial(self._finish_receive, tensor, next(numbers)))
+            for is_send, tensor, _ in planned
+        ]
 
-    def _recv_into(self, tensor: Any, peer: int) -> None:
-        meta = meta_of(tensor)
+    def _open_receives(self, receives: Sequence[tuple[Any, int]]) -> int:
+        """Has the rank take in what comes; the number of the first."""
         arguments = Arguments()
-        arguments.recv.expected.CopyFrom(meta)
-        arguments.recv.src = peer
+        arguments.batch.open_receives = True
+        for tensor, peer in receives:
+            arguments.batch.operations.add(peer=peer, tensor=meta_of(tensor))
+        with self._turn():
+            reply = self._call(arguments)
+        reply.close()
+        return reply.result.sequence
+
+    def _close_receives(self, numbers: Iterable[int]) -> None:
+        arguments = Arguments()
+        arguments.batch.open_receives = True
+        arguments.batch.closed.extend(numbers)
+        with self._turn():
+            self._call(arguments).close()
+
+    def _finish_receive(self, tensor: Any, number: int) -> None:
+        arguments = Arguments()
+        arguments.recv.open = number
         with self._turn():
             reply = self._call(arguments)
             copy_into(tensor, reply.metas[0], reply.tensors[0])

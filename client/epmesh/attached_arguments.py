@@ -16,23 +16,6 @@ Fill = Callable[[Arguments], Sequence[Any]]
 """Writes a call's arguments into a message and returns its tensors; raises where they cannot travel."""
 
 
-class Work:
-    """What `batch_isend_irecv` returns: sends are done, receives happen in `wait`."""
-
-    def __init__(self, run: Callable[[], Any] | None) -> None:
-        self._run = run
-
-    def wait(self) -> None:
-        """Returns when the operation is done."""
-        if self._run is not None:
-            run, self._run = self._run, None
-            run()
-
-    def is_completed(self) -> bool:
-        """Whether `wait` has nothing left to do."""
-        return self._run is None
-
-
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
     """Makes whatever goes wrong with arguments of any kind a refusal."""

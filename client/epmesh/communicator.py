@@ -131,6 +131,10 @@ class Communicator(abc.ABC):
     def batch_isend_irecv(self, p2p_ops: list[Any]) -> list[Any]:
         """Starts the sends and receives of `p2p_ops`; returns one work object each, with ``wait()``.
 
+        It returns when the sends are under way; receives take in what comes whenever this rank is in a call of the
+        group, so two ranks may have more for each other than may wait unread. A receive for which nothing came in
+        time raises `DeadlineExceeded`, stays open, and may be waited for again.
+
         Each element has ``op`` (``torch.distributed.isend`` or ``irecv``), ``tensor`` and ``group_peer`` (rank in the
         group; ``peer``, a global rank, where that is missing).
         """

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import struct
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import epmesh
 from epmesh import Communicator, DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable
@@ -270,6 +272,59 @@ def send_much(comm: Communicator) -> bool:
 def test_a_sender_waits_for_room_and_forgets_what_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flat_messages, "BUDGET_BYTES", 100)
     assert together(2, send_much) == [True, True]
+
+
+def across(comm: Communicator, count: int) -> list[float]:
+    """Sends first, and waits in order; then one message more, behind those that are open."""
+    peer = 1 - comm.rank
+    received = [torch.zeros(64) for _ in range(count)]
+    sent = [torch.full((64,), 10.0 * comm.rank + number) for number in range(count + 1)]
+    sends = [SimpleNamespace(op=dist.isend, tensor=tensor, group_peer=peer) for tensor in sent]
+    receives = [SimpleNamespace(op=dist.irecv, tensor=tensor, group_peer=peer) for tensor in received]
+    works = comm.batch_isend_irecv([*sends, *receives])
+    last = comm.recv(64, torch.float32, peer)
+    for work in works:
+        work.wait()
+    return [tensor[0].item() for tensor in [*received, last]]
+
+
+def test_a_batch_sends_more_both_ways_than_may_wait_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flat_messages, "BUDGET_BYTES", 100)
+    assert together(2, across, 2) == [[10.0, 11.0, 12.0], [0.0, 1.0, 2.0]]
+
+
+def receives_left_open(comm: Communicator) -> list[float]:
+    """Rank 0 sends what rank 1 waits for only after a call of both."""
+    received = [torch.zeros(64) for _ in range(3 * comm.rank)]
+    receives = [SimpleNamespace(op=dist.irecv, tensor=tensor, group_peer=0) for tensor in received]
+    works = comm.batch_isend_irecv(receives)
+    for number in range(3 - 3 * comm.rank):
+        comm.send(torch.full((64,), float(number)), 1)
+    comm.all_reduce(torch.ones(1))
+    for work in works:
+        work.wait()
+    return [tensor[0].item() for tensor in received]
+
+
+def test_open_receives_make_room_while_their_rank_is_in_another_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flat_messages, "BUDGET_BYTES", 100)
+    assert together(2, receives_left_open) == [[], [0.0, 1.0, 2.0]]
+
+
+def wait_for_nothing(comm: Communicator) -> str:
+    if comm.rank == 1:
+        return "DeadlineExceeded rank 1, MeshUnavailable"
+    (work,) = comm.batch_isend_irecv([SimpleNamespace(op=dist.irecv, tensor=torch.zeros(1), group_peer=1)])
+    with pytest.raises(DeadlineExceeded) as caught:
+        work.wait()
+    with pytest.raises(MeshUnavailable) as later:
+        comm.send(torch.zeros(1), 1)
+    return f"{caught.type.__name__} rank {caught.value.rank}, {later.type.__name__}"
+
+
+def test_an_open_receive_of_what_nobody_sends_ends_at_the_limit() -> None:
+    expected = "DeadlineExceeded rank 1, MeshUnavailable"
+    assert together(2, wait_for_nothing, exchange_timeout_s=0.3) == [expected] * 2
 
 
 def refused_by_all(comm: Communicator) -> tuple[str, float]:

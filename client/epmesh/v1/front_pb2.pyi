@@ -245,12 +245,14 @@ class SendArguments(_message.Message):
     def __init__(self, dst: _Optional[int] = ...) -> None: ...
 
 class RecvArguments(_message.Message):
-    __slots__ = ("expected", "src")
+    __slots__ = ("expected", "src", "open")
     EXPECTED_FIELD_NUMBER: _ClassVar[int]
     SRC_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
     expected: _frame_pb2.TensorMeta
     src: int
-    def __init__(self, expected: _Optional[_Union[_frame_pb2.TensorMeta, _Mapping]] = ..., src: _Optional[int] = ...) -> None: ...
+    open: int
+    def __init__(self, expected: _Optional[_Union[_frame_pb2.TensorMeta, _Mapping]] = ..., src: _Optional[int] = ..., open: _Optional[int] = ...) -> None: ...
 
 class BatchOperation(_message.Message):
     __slots__ = ("is_send", "peer", "tensor")
@@ -263,10 +265,14 @@ class BatchOperation(_message.Message):
     def __init__(self, is_send: bool = ..., peer: _Optional[int] = ..., tensor: _Optional[_Union[_frame_pb2.TensorMeta, _Mapping]] = ...) -> None: ...
 
 class BatchArguments(_message.Message):
-    __slots__ = ("operations",)
+    __slots__ = ("operations", "open_receives", "closed")
     OPERATIONS_FIELD_NUMBER: _ClassVar[int]
+    OPEN_RECEIVES_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
     operations: _containers.RepeatedCompositeFieldContainer[BatchOperation]
-    def __init__(self, operations: _Optional[_Iterable[_Union[BatchOperation, _Mapping]]] = ...) -> None: ...
+    open_receives: bool
+    closed: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, operations: _Optional[_Iterable[_Union[BatchOperation, _Mapping]]] = ..., open_receives: bool = ..., closed: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DispatchArguments(_message.Message):
     __slots__ = ("is_sequence_parallel", "with_extra_tensors", "layer", "static_mode")

@@ -10,7 +10,7 @@ import abc
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -22,9 +22,11 @@ from epmesh.layout import Layout, Reach, Routing, Topology, broadcast_layout, ma
 from epmesh.placement import Placement, linear_placement
 from epmesh.quantization import quantized
 from epmesh.tensors import row_tensors
+from epmesh.work import Work
 from epmesh_server.ranks import arguments as args
 from epmesh_server.ranks.calls import Call, describe
 from epmesh_server.ranks.open_exchange import ExchangeStats, OpenExchanges, Request
+from epmesh_server.ranks.point_to_point import Announced
 
 Load = Callable[[tuple[int, ...], tuple[int, ...]], None]
 
@@ -64,8 +66,12 @@ class GroupMessages(Protocol):
     def recv(self, shape: Sequence[int], dtype: torch.dtype, src: int) -> torch.Tensor:
         """The next message of `src`, which must have this shape and dtype."""
 
-    def announce(self, tensor: torch.Tensor, src: int) -> Callable[[], None]:
-        """What waits for a message of `src` and puts it into `tensor`; a send that waits may do so before."""
+    def announce(self, tensor: torch.Tensor, src: int) -> Announced:
+        """Says that the next message of `src` goes into `tensor`, ahead of those that later receives get; it comes in
+        while this rank is in any call of the group."""
+
+    def withdraw(self, receives: Collection[Announced]) -> None:
+        """Nobody will wait for these."""
 
 
 class CheckedCommunicator(Communicator):
@@ -194,19 +200,40 @@ class CheckedCommunicator(Communicator):
 
     def batch_isend_irecv(self, p2p_ops: list[Any]) -> list[Any]:
         planned = [args.check_p2p_op(op, self.ranks) for op in p2p_ops]
-        with self._turn():
-            # Receives are announced first: where both sides have more to send than may wait unread, they make room.
-            receives = [
-                None if is_send else self._point_to_point.announce(tensor, peer) for is_send, tensor, peer in planned
-            ]
+        # Receives are opened first: where both sides have more to send than may wait unread, they make room.
+        receives = self.open_receives([(tensor, peer) for is_send, tensor, peer in planned if not is_send])
+        try:
             for is_send, tensor, peer in planned:
                 if is_send:
-                    self._point_to_point.send(tensor, peer)
-        return [_Work(None if receive is None else functools.partial(self._receive, receive)) for receive in receives]
+                    self.send(tensor, peer)
+        except BaseException:
+            self.close_receives(receives)
+            raise
+        opened = iter(receives)
+        return [
+            Work() if is_send else Work(functools.partial(self.finish_receive, next(opened)))
+            for is_send, _, _ in planned
+        ]
 
-    def _receive(self, receive: Callable[[], None]) -> None:
+    def open_receives(self, wanted: Sequence[tuple[torch.Tensor, int]]) -> list[Announced]:
+        """Opens receives, each into a tensor on the host from a rank in the group.
+
+        They take what comes while this rank is in any call of the group, and come before later receives.
+        """
         with self._turn():
-            receive()
+            for _, peer in wanted:
+                args.check_peer("group_peer", peer, self.world_size)
+            return [self._point_to_point.announce(tensor, peer) for tensor, peer in wanted]
+
+    def finish_receive(self, receive: Announced) -> None:
+        """Waits for an open receive."""
+        with self._turn():
+            receive.finish()
+
+    def close_receives(self, receives: Collection[Announced]) -> None:
+        """Nobody will wait for these; messages that have not come go to later receives."""
+        with self._turn(collective=False):
+            self._point_to_point.withdraw(receives)
 
     # The exchange ----------------------------------------------------------------------------------------------
 
@@ -451,23 +478,6 @@ class CheckedCommunicator(Communicator):
         except InvalidRequest as exc:
             self._collectives.agree(describe(method, refusal=exc))
             raise
-
-
-class _Work:
-    """What `batch_isend_irecv` returns: sends are done, receives happen in `wait`."""
-
-    def __init__(self, run: Callable[[], Any] | None) -> None:
-        self._run = run
-
-    def wait(self) -> None:
-        """Returns when the operation is done."""
-        if self._run is not None:
-            run, self._run = self._run, None
-            run()
-
-    def is_completed(self) -> bool:
-        """Whether `wait` has nothing left to do."""
-        return self._run is None
 
 
 def _joined(blocks: Sequence[Sequence[torch.Tensor]], dim: int) -> list[torch.Tensor]:

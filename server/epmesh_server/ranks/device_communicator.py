@@ -45,10 +45,12 @@ class DeviceCommunicator(CheckedCommunicator):
     the process group is of no use afterwards.
 
     Between a ``dispatch_async`` and its handle's ``wait`` a thread of this object uses `cpu_group`; make no collective
-    call of your own on that group meanwhile.
+    call of your own on that group meanwhile. Other threads, one for each rank from which a batch receives, make the
+    receives of batches.
     """
 
     _collectives: FlatCollectives
+    _point_to_point: FlatMessages
 
     def __init__(
         self,
@@ -154,6 +156,7 @@ class DeviceCommunicator(CheckedCommunicator):
         Messages that were sent and not received yet are lost.
         """
         self._destroyed = True
+        self._point_to_point.close()
         self._member.close()
 
 

@@ -25,7 +25,7 @@ from epmesh.errors import (
 from epmesh.v1 import front_pb2
 from epmesh_server.driver_tokens import verify_token
 from epmesh_server.ranks.communicator import JoinedCommunicator
-from epmesh_server.ranks.driver_calls import OpenHandles, Outcome, describe, encoded_view, execute
+from epmesh_server.ranks.driver_calls import OpenHandles, OpenReceives, Outcome, describe, encoded_view, execute
 from epmesh_server.ranks.driver_tensors import read_tensors, write_tensors
 from epmesh_server.ranks.front import Front, Incoming
 
@@ -126,8 +126,8 @@ class _GroupWorker:
         self._root = comm
         self._group = group
         self._memory = memory
-        self._number = 0  # of the driver whose handles these are
-        self._handles = OpenHandles()
+        self._number = 0  # of the driver whose handles and receives these are
+        self._handles, self._receives = OpenHandles(), OpenReceives()
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"epmesh-driven-{group[:32]}", daemon=True)
         self._thread.start()
@@ -167,9 +167,14 @@ class _GroupWorker:
         if task.number != self._number:
             self._number = task.number
             self._handles.clear()
+            self._receives.clear(comm)
             comm.begin_anew()
         outcome = execute(
-            comm, request.driver_call, lambda: read_tensors(task.incoming, memory, comm.device), self._handles
+            comm,
+            request.driver_call,
+            lambda: read_tensors(task.incoming, memory, comm.device),
+            self._handles,
+            self._receives,
         )
         self._answer(task.incoming, comm, outcome, memory)
 

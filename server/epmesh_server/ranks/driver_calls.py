@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from epmesh.communicator import Handle
-from epmesh.errors import EpmeshError, InvalidRequest, MeshUnavailable
+from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable
 from epmesh.frames import num_bytes
 from epmesh.v1 import frame_pb2, front_pb2
 from epmesh_server.ranks.arguments import Refused
 from epmesh_server.ranks.communicator import JoinedCommunicator
+from epmesh_server.ranks.point_to_point import Announced
 from epmesh_server.ranks.tensors import dtype_from_name
 
+_MAX_OPEN_RECEIVES, _MAX_OPEN_BYTES = 4096, 1 << 32
 _MAX_HANDLES = 8  # two are open at most; older ones only say that they are not
 _CALL_SLACK_S = 10.0
 _POLL_S = 0.05
@@ -70,13 +72,76 @@ class OpenHandles:
 
 
 @dataclass(frozen=True)
+class _OpenReceive:
+    """A receive that the driver opened: the tensor it goes into, and the membership that it ends with."""
+
+    receive: Announced
+    tensor: torch.Tensor
+    membership_epoch: int
+
+
+@dataclass
+class OpenReceives:
+    """Receives of a group that the driver was told the numbers of."""
+
+    _open: dict[int, _OpenReceive] = field(default_factory=dict)
+    _last: int = 0
+
+    def open(self, comm: JoinedCommunicator, operations: Sequence[front_pb2.BatchOperation]) -> range:
+        """Opens receives; their numbers.
+
+        Raises:
+            InvalidRequest: too much would be open at once.
+        """
+        epoch = comm.view.membership_epoch
+        self._open = {number: each for number, each in self._open.items() if each.membership_epoch == epoch}
+        tensors = [_expected(operation.tensor) for operation in operations]
+        count = len(self._open) + len(tensors)
+        size = sum(tensor.nbytes for tensor in tensors) + sum(each.tensor.nbytes for each in self._open.values())
+        if count > _MAX_OPEN_RECEIVES or size > _MAX_OPEN_BYTES:
+            most = f"at most {_MAX_OPEN_RECEIVES} of {_MAX_OPEN_BYTES} bytes"
+            raise InvalidRequest(f"{count} receives of {size} bytes would be open, {most} may be; wait for some first")
+        opened = comm.open_receives([(tensor, each.peer) for tensor, each in zip(tensors, operations, strict=True)])
+        numbers = range(self._last + 1, self._last + 1 + len(opened))
+        for number, receive, tensor in zip(numbers, opened, tensors, strict=True):
+            self._open[number] = _OpenReceive(receive, tensor, epoch)
+        self._last += len(opened)
+        return numbers
+
+    def finish(self, comm: JoinedCommunicator, number: int) -> torch.Tensor:
+        """What came; a receive that nothing came for in time stays open.
+
+        Raises:
+            InvalidRequest: no such receive is open, or another tensor came.
+        """
+        found = self._open.pop(number, None)
+        if found is None:
+            raise InvalidRequest(f"receive {number} is not open here; it may be waited for once")
+        try:
+            comm.finish_receive(found.receive)
+        except DeadlineExceeded:
+            self._open[number] = found
+            raise
+        return found.tensor
+
+    def close(self, comm: JoinedCommunicator, numbers: Iterable[int]) -> None:
+        """Nobody waits for these any more."""
+        comm.close_receives([self._open.pop(number).receive for number in numbers if number in self._open])
+
+    def clear(self, comm: JoinedCommunicator) -> None:
+        """Closes all."""
+        self.close(comm, list(self._open))
+
+
+@dataclass(frozen=True)
 class _Call:
-    """One call: its communicator, the method's own arguments, its tensors, and the open handles."""
+    """One call: its communicator, the method's own arguments, its tensors, and what is open."""
 
     comm: JoinedCommunicator
     arguments: Any
     tensors: list[Any]
     handles: OpenHandles
+    receives: OpenReceives
 
     @property
     def tensor(self) -> Any:
@@ -88,6 +153,7 @@ def execute(
     call: front_pb2.DriverCall,
     read: Callable[[], list[torch.Tensor]],
     handles: OpenHandles,
+    receives: OpenReceives,
 ) -> Outcome:
     """Makes a call; `read` gives its tensors.
 
@@ -115,7 +181,7 @@ def execute(
         if not method.least:
             raise refusal
         tensors = [Refused(refusal)] * method.least
-    return method.run(_Call(comm, getattr(call.arguments, name), tensors, handles))
+    return method.run(_Call(comm, getattr(call.arguments, name), tensors, handles, receives))
 
 
 def encoded_view(comm: JoinedCommunicator) -> torch.Tensor:
@@ -184,23 +250,37 @@ def _send(call: _Call) -> Outcome:
 
 
 def _recv(call: _Call) -> Outcome:
-    return Outcome([_receive(call.comm, call.arguments.expected, _optional(call.arguments, "src"))])
-
-
-def _receive(comm: JoinedCommunicator, expected: frame_pb2.TensorMeta, src: int | None) -> torch.Tensor:
+    if call.arguments.HasField("open"):
+        return Outcome([call.receives.finish(call.comm, call.arguments.open)])
+    expected = call.arguments.expected
     num_bytes(expected)
-    return comm.recv(tuple(expected.shape), dtype_from_name(expected.dtype), src)
+    shape, dtype = tuple(expected.shape), dtype_from_name(expected.dtype)
+    return Outcome([call.comm.recv(shape, dtype, _optional(call.arguments, "src"))])
 
 
 def _batch(call: _Call) -> Outcome:
-    operations = call.arguments.operations
-    sends = [operation for operation in operations if operation.is_send]
+    comm, receives, arguments = call.comm, call.receives, call.arguments
+    sends = [operation.peer for operation in arguments.operations if operation.is_send]
     if len(sends) != len(call.tensors):
         raise InvalidRequest(f"batch has {len(sends)} sends; {len(call.tensors)} tensors came")
-    for operation, tensor in zip(sends, call.tensors, strict=True):
-        call.comm.send(tensor, operation.peer)
-    receives = [operation for operation in operations if not operation.is_send]
-    return Outcome([_receive(call.comm, operation.tensor, operation.peer) for operation in receives])
+    receives.close(comm, arguments.closed)
+    wanted = [operation for operation in arguments.operations if not operation.is_send]
+    numbers = receives.open(comm, wanted)
+    try:
+        for peer, tensor in zip(sends, call.tensors, strict=True):
+            comm.send(tensor, peer)
+        if arguments.open_receives:
+            return Outcome(sequence=numbers.start, nothing=True)
+        return Outcome([receives.finish(comm, number) for number in numbers])
+    except BaseException:
+        receives.close(comm, numbers)
+        raise
+
+
+def _expected(meta: frame_pb2.TensorMeta) -> torch.Tensor:
+    """A tensor on the host for what is expected; memory is touched when something comes."""
+    num_bytes(meta)
+    return torch.empty(tuple(meta.shape), dtype=dtype_from_name(meta.dtype))
 
 
 # The exchange --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,21 +14,27 @@ from epmesh.errors import InvalidRequest
 from epmesh.frames import num_bytes
 from epmesh.v1 import frame_pb2
 from epmesh_server.ranks.flat_member import FlatMember
-from epmesh_server.ranks.point_to_point import BUDGET_BYTES, MessagesToSelf, mismatch
-from epmesh_server.ranks.tensors import Bytes, as_bytes, dtype_name, from_bytes, meta_of
+from epmesh_server.ranks.point_to_point import BUDGET_BYTES, Announced, MessagesToSelf, check_received
+from epmesh_server.ranks.tensors import Bytes, as_bytes, dtype_from_name, from_bytes, meta_of
+from epmesh_server.worker import Worker
 
 _HEAD = struct.Struct("<IxxxxQ")  # bytes of the TensorMeta that follows; messages taken of the receiver
 _HEAD_BYTES = 256  # head and TensorMeta, which has at most 8 dimensions
 
 
 class FlatMessages:
-    """One rank's sends and receives in one group."""
+    """One rank's sends and receives in one group.
+
+    A sender that has no room waits for its receiver, which may be waiting for something else. So receives that were
+    announced are made by a thread for each source: torch has no other way to wait for one of several members.
+    """
 
     def __init__(self, member: FlatMember) -> None:
         world_size = member.topology.world_size
         self._member = member
         self._sent = [0] * world_size
         self._unread: list[deque[_Sent]] = [deque() for _ in range(world_size)]
+        self._receivers: dict[int, Worker] = {}
         self._to_self = MessagesToSelf()
 
     def send(self, tensor: torch.Tensor, dst: int) -> None:
@@ -45,13 +51,18 @@ class FlatMessages:
         self._sent[dst] += 1
         self._unread[dst].append(_Sent(self._sent[dst], data.size, works))
 
-    def announce(self, tensor: torch.Tensor, src: int) -> Callable[[], None]:
-        """What receives the next message of `src` into `tensor` when it is called, and not before."""
+    def announce(self, tensor: torch.Tensor, src: int) -> Announced:
+        """Says that the next message of `src` goes into `tensor`, ahead of those that later receives get."""
+        if src == self._member.topology.me:
+            return self._to_self.announce(tensor)
+        announced = Announced(tensor, lambda: self._member.mail.await_future(came, src))
+        if src not in self._receivers:
+            self._receivers[src] = Worker(f"epmesh-receiver-{src}")
+        came = self._receivers[src].submit(lambda: announced.fill(self._next(src, patient=True), self._name(src)))
+        return announced
 
-        def receive() -> None:
-            tensor.copy_(self.recv(tensor.shape, tensor.dtype, src))
-
-        return receive
+    def withdraw(self, receives: Collection[Announced]) -> None:
+        """Nothing: a process group in which a send failed is of no use any more."""
 
     def recv(self, shape: Sequence[int], dtype: torch.dtype, src: int) -> torch.Tensor:
         """Receives the next message of `src`.
@@ -59,18 +70,32 @@ class FlatMessages:
         Raises:
             InvalidRequest: it has another shape or dtype; the message is gone.
         """
-        member = self._member
-        if src == member.topology.me:
+        if src == self._member.topology.me:
             return self._to_self.recv(shape, dtype)
-        length, acknowledged, head = _read(member.mail.recv(_HEAD_BYTES, src))
+        receiver = self._receivers.get(src)
+        if receiver is not None and receiver.busy:
+            came = self._member.mail.await_future(receiver.submit(lambda: self._next(src, patient=True)), src)
+        else:
+            came = self._next(src)
+        return check_received(came, self._name(src), shape, dtype)
+
+    def close(self) -> None:
+        """Lets the threads go, as soon as nothing is waited for any more; idempotent."""
+        for receiver in self._receivers.values():
+            receiver.close(wait=False)
+
+    def _next(self, src: int, *, patient: bool = False) -> torch.Tensor:
+        """The next message of `src`; `patient`: whoever waits for it here looks at the clock."""
+        member = self._member
+        length, acknowledged, head = _read(member.mail.recv(_HEAD_BYTES, src, patient=patient))
         meta = frame_pb2.TensorMeta.FromString(head[:length])
-        data = member.mail.recv(num_bytes(meta), src)
+        data = member.mail.recv(num_bytes(meta), src, patient=patient)
         member.taken[src] += 1
         member.acknowledged[src] = max(member.acknowledged[src], acknowledged)
-        if list(meta.shape) != list(shape) or meta.dtype != dtype_name(dtype):
-            sent = f"{meta.dtype}{list(meta.shape)}"
-            raise mismatch(sent, f"rank {member.topology.ranks[src]}", shape, dtype)
-        return from_bytes(data, dtype, shape)
+        return from_bytes(data, dtype_from_name(meta.dtype), tuple(meta.shape))
+
+    def _name(self, src: int) -> str:
+        return f"rank {self._member.topology.ranks[src]}"
 
     def _make_room(self, dst: int, size: int) -> None:
         """Forgets what was taken; waits for the oldest messages where too much is left."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ import torch.distributed as dist
 from epmesh.errors import DeadlineExceeded, EpmeshError, MeshUnavailable
 from epmesh_server.ranks.tensors import Bytes
 
+_T = TypeVar("_T")
 _SLICE = timedelta(milliseconds=250)  # between two looks at the clock, and for Python at its signals
+_FOR_EVER_S = 365 * 86400.0
 _TAG = 1 << 30  # of sends and receives, far from those that callers use
 
 
@@ -79,26 +82,37 @@ class Mail:
         self.check()
         return self._group.send([torch.from_numpy(data)], dst, _TAG)
 
-    def recv(self, size: int, src: int) -> Bytes:
-        """The next `size` bytes of `src`, which must have sent as many at once."""
+    def recv(self, size: int, src: int, *, patient: bool = False) -> Bytes:
+        """The next `size` bytes of `src`, which must have sent as many at once; `patient`: however late they come."""
         self.check()
         data = np.empty(size, np.uint8)
         if size:
-            self.await_peer(self._group.recv([torch.from_numpy(data)], src, _TAG), src)
+            work = self._group.recv([torch.from_numpy(data)], src, _TAG)
+            self.await_peer(work, src, _FOR_EVER_S if patient else self._timeout_s)
         return data
 
-    def await_peer(self, work: Any, peer: int) -> None:
+    def await_peer(self, work: Any, peer: int, timeout_s: float | None = None) -> None:
         """Waits for a send to or a receive from `peer`."""
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
         started = time.monotonic()
         try:
             # Not in slices: a wait that times out takes all of Gloo's connections down with it.
-            work.wait(timedelta(seconds=self._timeout_s))
+            work.wait(timedelta(seconds=limit_s))
         except RuntimeError as exc:
-            rank = self._ranks[peer]
-            if time.monotonic() - started >= self._timeout_s:
-                text = f"rank {rank} neither took nor sent a message within {self._timeout_s:g} s"
-                raise self._failed(DeadlineExceeded(rank, 0, text)) from exc
-            raise self._failed(MeshUnavailable(f"rank {rank} is out of reach: {exc}")) from exc
+            if time.monotonic() - started >= limit_s:
+                raise self._failed(self._late(peer)) from exc
+            raise self._failed(MeshUnavailable(f"rank {self._ranks[peer]} is out of reach: {exc}")) from exc
+
+    def await_future(self, future: Future[_T], peer: int) -> _T:
+        """The result of what another thread receives of `peer`."""
+        try:
+            return future.result(self._timeout_s)
+        except TimeoutError:
+            raise self._failed(self._late(peer)) from None
+
+    def _late(self, peer: int) -> DeadlineExceeded:
+        rank = self._ranks[peer]
+        return DeadlineExceeded(rank, 0, f"rank {rank} neither took nor sent a message within {self._timeout_s:g} s")
 
     def _finish(self, work: Any) -> None:
         deadline = time.monotonic() + self._timeout_s

@@ -63,6 +63,7 @@ class GroupMember:
         )
         self.agreed: EpmeshError | None = None  # the last error that all members found by comparing their calls
         self.abandoned = 0  # highest sequence number given up, as far as known
+        self.meanwhile: Callable[[], None] = _nothing  # called after every event of every wait; it raises nothing
         self._heard_lost: dict[int, float] = {}  # global rank -> until when another member's word is taken for it
         self.inbox = hub.inbox(group.group_id, view.membership_epoch)
         self.row = session.page.open_group(group.group_id, group.sequence)
@@ -218,7 +219,10 @@ class GroupMember:
             PeerLost, StaleEpoch, DeadlineExceeded, MeshUnavailable: as the class says; with `sequence`, members are
                 told that this rank gave it up.
         """
-        while not ready():
+        while True:
+            self.meanwhile()
+            if ready():
+                return
             self.check(sequence)
             now = time.monotonic()
             left, awaited = deadline - now, late()
@@ -361,3 +365,7 @@ class GroupMember:
         if "buffers" in self.__dict__:
             self.inbox.wake_fd = None
             self.buffers.close()
+
+
+def _nothing() -> None:
+    """Is done at once."""
