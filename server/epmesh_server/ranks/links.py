@@ -1,7 +1,9 @@
 """Links: messages between ranks over ZeroMQ, with nothing left to its defaults.
 
 One ROUTER takes everything that comes in, one DEALER a peer sends. Peers are told apart from their frames alone:
-(source, incarnation, epoch), and each sender numbers its messages per receiver. A reconnecting socket drops messages
+(source, incarnation, epoch), and each sender numbers its messages per receiver. No DEALER has a routing id: of two
+connections with one name, a ROUTER has the earlier one starve or take the name back, and libzmq 4.3.5 ends the process
+at the next heartbeat over a starved one that breaks (assertion in `out_event`). A reconnecting socket drops messages
 without a word, so senders keep them until receipts come back on the same connection, and send what is missing again
 (`link_window` decides, `link_watcher` tells of reconnects). What cannot be mended is a lost message, and a typed error.
 """
@@ -10,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import select
 import threading
 import time
@@ -74,7 +75,6 @@ class LinkHub:
         self._context = zmq.Context(io_threads=1)
         self._router = self._context.socket(zmq.ROUTER)
         _configure(self._router)
-        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         if door is not None:
             door.guard(self._context, self._router, Domain.LINK)
         self._router.bind(f"tcp://{host}:0")
@@ -200,8 +200,6 @@ class LinkHub:
         _configure(socket)
         if self._door is not None:
             secure_client(socket, self._door.pair, key)
-        # Nobody else knows the name, so no other member can take the connection over (ROUTER_HANDOVER).
-        socket.setsockopt(zmq.ROUTING_ID, f"{self.rank}:{self.incarnation:x}:{secrets.token_hex(8)}".encode())
         self._watcher.watch(peer, socket.get_monitor_socket(WATCHED))
         socket.connect(peer[1])
         self._dealers[peer] = socket
