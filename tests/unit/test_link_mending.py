@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import zmq
@@ -13,7 +15,7 @@ from epmesh.v1 import frame_pb2
 from epmesh_server.ranks import inbox as inboxes
 from epmesh_server.ranks import link_watcher, links
 from epmesh_server.ranks.inbox import Inbox
-from epmesh_server.ranks.link_window import REPORT_EVERY, SendWindow
+from epmesh_server.ranks.link_window import READ_EVERY, REPORT_EVERY, SendWindow
 from epmesh_server.ranks.links import LinkHub
 from tests.proxy import Mode, Proxy
 
@@ -69,8 +71,9 @@ class Line:
 
 @pytest.fixture
 def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
-    # A busy test machine is late to make a connection anew.
+    # A busy test machine is late to make a connection, for the proxy is a thread of this process.
     monkeypatch.setattr(link_watcher, "RECONNECT_GRACE_S", 4 * link_watcher.RECONNECT_GRACE_S)
+    monkeypatch.setattr(link_watcher, "CONNECT_GRACE_S", 4 * link_watcher.CONNECT_GRACE_S)
     made = Line()
     yield made
     made.sender.close(0)
@@ -147,6 +150,34 @@ def test_a_connection_that_does_not_come_back_is_told_in_time(line: Line, mode: 
     assert time.monotonic() - cut_at < 4 * 2.0
 
 
+def test_a_connection_that_stands_before_a_late_watcher_looks_is_no_loss(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time was up while the watcher waited; hands were shaken before it got a turn to say so."""
+    waited, go, on = threading.Event(), threading.Event(), threading.Event()
+
+    class LatePoller(zmq.Poller):
+        def poll(self, timeout: int | None = None) -> list[tuple[Any, int]]:
+            if go.is_set():
+                on.set()
+            ready: list[tuple[Any, int]] = super().poll(timeout)
+            if not ready and threading.current_thread().name == "epmesh-links":
+                waited.set()
+                assert go.wait(PATIENCE_S)
+            return ready
+
+    monkeypatch.setattr(link_watcher, "CONNECT_GRACE_S", 0.2)
+    monkeypatch.setattr(zmq, "Poller", LatePoller)
+    line.proxy.set(Mode.HOLD)
+    line.send()
+    assert waited.wait(PATIENCE_S)
+    line.proxy.set(Mode.FORWARD)
+    line.until(lambda: line.arrived)
+    go.set()
+    assert on.wait(PATIENCE_S)  # it has said what it had to say
+    line.until_all_arrived()
+
+
 def test_messages_beyond_the_budget_are_told_as_lost(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links, "SendWindow", lambda: SendWindow[object](keep_bytes=400))
     line.send(2)
@@ -175,16 +206,20 @@ def test_a_hole_that_nobody_mends_is_told_as_lost(line: Line, monkeypatch: pytes
 def test_what_arrived_is_not_kept(line: Line) -> None:
     line.send(3 * REPORT_EVERY)
     line.until_all_arrived()
-    line.send(1 + REPORT_EVERY)
+
+    def acknowledged() -> bool:
+        line.send(READ_EVERY)  # a sender looks for receipts when it sends, and they are on their way for a while
+        return line.window.acknowledged >= 3 * REPORT_EVERY
+
+    line.until(acknowledged)
     line.until_all_arrived()
-    assert line.window.acknowledged >= 3 * REPORT_EVERY
-    assert line.window.last - line.window.first_kept < 2 * REPORT_EVERY
+    assert line.window.first_kept == line.window.acknowledged + 1
 
 
 def test_much_that_is_kept_is_let_go_without_another_send(line: Line) -> None:
     line.send(5, size=8 << 20)
     line.until_all_arrived()
-    line.until(lambda: line.window.kept_bytes == 0)
+    line.until(lambda: line.window.kept_bytes <= links._TEND_BYTES)  # the rest is let go with the next send
 
 
 def test_receipts_cost_next_to_nothing(line: Line) -> None:
@@ -220,6 +255,29 @@ def test_frames_that_play_a_link_badly_are_refused(line: Line) -> None:
     assert line.receiver.refused == 2
     line.send(5)
     line.until(lambda: len(line.arrived) == 6)
+
+
+def test_connections_of_one_name_that_break_end_no_process(line: Line) -> None:
+    """libzmq starves the earlier one where names are taken over, and dies of its end at the next heartbeat."""
+    line.send()
+    line.until_all_arrived()
+    with zmq.Context() as context:
+        first, second = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
+        for each in (first, second):
+            each.routing_id, each.linger = b"one name", 0
+            each.connect(line.receiver.endpoint)
+            each.send(b"no frame")
+            line.until(lambda: line.receiver.refused)
+        line.receive(0.2)  # the second has taken the name over, were that allowed
+        for _ in range(100):
+            first.send(bytes(100_000))
+        line.receive(0.2)
+        first.close()
+        second.close()
+    for _ in range(4):
+        line.receive(links.HEARTBEAT_MS / 1000)
+    line.send(5)
+    line.until_all_arrived()
 
 
 def test_inboxes_have_their_budget_still(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ is stopped or cut off, not merely busy.
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import threading
@@ -97,12 +98,13 @@ class LinkWatcher:
             for monitor in self._monitors.values():
                 poller.register(monitor, zmq.POLLIN)
             ready = dict(poller.poll(self._timeout_ms()))
+            now = time.monotonic()  # before the news is read, so that whatever came by now speaks for its peer
             if self._wake_fd in ready:
                 self._run_commands()
             for key, monitor in list(self._monitors.items()):
-                if monitor in ready:
+                if monitor in ready or self._down_at.get(key, math.inf) <= now:  # this thread may come late from `poll`
                     self._follow(key, monitor)
-            self._tell()
+            self._tell(now)
             wanted_s = self._tend()
             self._tend_at = None if wanted_s is None else time.monotonic() + wanted_s
         for monitor in self._monitors.values():
@@ -134,8 +136,7 @@ class LinkWatcher:
             elif event == zmq.EVENT_MONITOR_STOPPED:
                 return
 
-    def _tell(self) -> None:
-        now = time.monotonic()
+    def _tell(self, now: float) -> None:
         unreachable = frozenset(peer for peer, at in self._down_at.items() if at <= now)
         if unreachable != self._told:
             self._told = unreachable
