@@ -362,7 +362,9 @@ def test_nothing_is_left_of_a_client_or_of_one_that_is_forgotten(front: Front) -
     for close in (True, False) * 3:
         use(close)
         gc.collect()
-    assert (descriptors(), threading.active_count()) == before
+    # The front's I/O thread closes its sides of the connections when it hears of their ends.
+    assert eventually(lambda: descriptors() <= before[0])
+    assert threading.active_count() == before[1]
 
 
 def descriptors() -> int:
