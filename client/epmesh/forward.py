@@ -127,7 +127,14 @@ class Forward:
         return self._any_open and self.failure is None
 
     def plan(
-        self, routes: Routes, turn: int, pick: Pick, now: float, shunned: Set[Identity] = frozenset()
+        self,
+        routes: Routes,
+        turn: int,
+        pick: Pick,
+        now: float,
+        shunned: Set[Identity] = frozenset(),
+        *,
+        follows: bool = True,
     ) -> list[NodeCall]:
         """The calls that carry all open ids; none where it has to wait for a view, or for `wake_at`.
 
@@ -137,12 +144,14 @@ class Forward:
             pick: the entry of a node; may be asked for several.
             now: of the clock that `fail` is told, in seconds.
             shunned: ranks to avoid where there are others.
+            follows: whether somebody is there who would tell of a later view. Where nobody is, the view may be an old
+                one, and no rank of it is given up for good.
         """
         self.wake_at = math.inf
         if not self.waits or routes.view.epoch < self.after_epoch:
             return []
         try:
-            parts = self._split(routes, turn, now, shunned)
+            parts = self._split(routes, turn, now, shunned, follows)
         except EpmeshError as exc:
             self.failure = exc
             return []
@@ -226,7 +235,7 @@ class Forward:
         )
         return call
 
-    def _split(self, routes: Routes, turn: int, now: float, shunned: Set[Identity]) -> list[NodeRows]:
+    def _split(self, routes: Routes, turn: int, now: float, shunned: Set[Identity], follows: bool) -> list[NodeRows]:
         """Routes of all open ids; nothing, and `wake_at`, where only ranks under suspicion are left for some."""
         ids = np.where(self._open, self.tokens.ids, -1).astype(np.int64, copy=False)
         avoided = {one for one, suspicion in self._suspects.items() if suspicion.until > now}
@@ -237,6 +246,8 @@ class Forward:
             return routes.avoiding(avoided).split(ids, self.tokens.layer, turn)
         except ExpertUnavailable:
             routes.split(ids, self.tokens.layer, turn)  # raises where the view itself has nobody
+            if not follows:
+                self._suspect_anew(avoided, now)
             self.wake_at = min((self._suspects[one].until for one in avoided), default=math.inf)
             if self.wake_at == math.inf:
                 raise
@@ -247,6 +258,12 @@ class Forward:
             known = self._suspects.setdefault(identity(info), _Suspicion())
             known.times_lost += 1
             known.until = now + CONFIRM_S if known.times_lost == 1 else math.inf
+
+    def _suspect_anew(self, given_up: Set[Identity], now: float) -> None:
+        """As after a first loss, so that those who were given up are asked again."""
+        for one in given_up:
+            if self._suspects[one].until == math.inf:
+                self._suspects[one] = _Suspicion(now + CONFIRM_S, 1)
 
     def _next_backoff(self) -> float:
         backoff, self._backoff_s = self._backoff_s, min(2 * self._backoff_s, _MAX_BACKOFF_S)

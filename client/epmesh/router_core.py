@@ -66,6 +66,10 @@ class ViewSource(Protocol):
         """The newest view."""
 
     @property
+    def connected(self) -> bool:
+        """Whether later views would come now."""
+
+    @property
     def tls(self) -> TlsFiles | None:
         """What this process shows itself with."""
 
@@ -137,6 +141,11 @@ class RouterCore:
             runs = list(self._runs)
         for run in runs:
             run.post(_LOOK)
+
+    @property
+    def follows(self) -> bool:
+        """Whether a service is there that tells of later views."""
+        return self._mesh.connected
 
     # Transport -------------------------------------------------------------------------------------------------
 
@@ -306,7 +315,8 @@ class Run:
             if now >= self._deadline and not self._forward.done:
                 raise self._too_late()
             routes = self._follow()
-            self._unsent += self._forward.plan(routes, self._turn, self._pick, now, self._core.shunned(now))
+            shunned, follows = self._core.shunned(now), self._core.follows
+            self._unsent += self._forward.plan(routes, self._turn, self._pick, now, shunned, follows=follows)
             if self._unsent and self._has_room():
                 self._send()
             return self._forward.done

@@ -71,6 +71,7 @@ class FakeMesh:
     def __init__(self, view: View) -> None:
         self.view = view
         self.tls = None
+        self.connected = True
         self.closed = False
         self._callbacks: list[Callable[[View], None]] = []
 

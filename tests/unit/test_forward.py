@@ -49,9 +49,9 @@ def right(tokens: Tokens) -> npt.NDArray[Any]:
     return expected(array(tokens.hidden), array(tokens.weights), tokens.ids)
 
 
-def plan(forward: Forward, view: View, now: float = 0.0, turn: int = 0) -> list[NodeCall]:
+def plan(forward: Forward, view: View, now: float = 0.0, turn: int = 0, *, follows: bool = True) -> list[NodeCall]:
     forward.follow(view)
-    return forward.plan(Routes(view), turn, lambda ranks: ranks[0], now)
+    return forward.plan(Routes(view), turn, lambda ranks: ranks[0], now, follows=follows)
 
 
 def answer(forward: Forward, *calls: NodeCall) -> None:
@@ -134,15 +134,45 @@ def test_a_connection_that_broke_without_a_death_is_made_once_more() -> None:
     check_right(forward)
 
 
-def test_a_holder_that_is_lost_twice_is_gone() -> None:
+def lost_twice(follows: bool) -> tuple[Forward, View]:
+    """A forward that lost its rank 4 at 10.0 and 11.5, and planned then."""
     forward = Forward(make_tokens())
     view = make_view(1, SPLIT)
-    _, second = plan(forward, view)
+    first, second = plan(forward, view)
+    answer(forward, first)
     forward.fail(second.number, PeerLost([4], 0), 10.0)
-    plan(forward, view, 10.0)
-    (again,) = plan(forward, view, 10.0 + CONFIRM_S)
+    plan(forward, view, 10.0, follows=follows)
+    (again,) = plan(forward, view, 10.0 + CONFIRM_S, follows=follows)
     forward.fail(again.number, PeerLost([4], 0), 11.5)
-    assert plan(forward, view, 11.5) == []
+    assert plan(forward, view, 11.5, follows=follows) == []
+    return forward, view
+
+
+def test_a_holder_that_is_lost_twice_is_gone() -> None:
+    forward, _ = lost_twice(follows=True)
+    with pytest.raises(ExpertUnavailable):
+        forward.result()
+
+
+def test_while_nobody_tells_of_views_a_holder_is_asked_again_and_again() -> None:
+    forward, view = lost_twice(follows=False)
+    assert not forward.done
+    assert forward.wake_at == 11.5 + CONFIRM_S
+    (again,) = plan(forward, view, 11.5 + CONFIRM_S, follows=False)
+    forward.fail(again.number, PeerLost([4], 0), 13.0)
+    assert plan(forward, view, 13.0, follows=False) == []
+    (again,) = plan(forward, view, 13.0 + CONFIRM_S)
+    answer(forward, again)
+    check_right(forward)
+
+
+def test_the_view_that_comes_after_a_silence_says_who_is_gone() -> None:
+    forward, _ = lost_twice(follows=False)
+    restarted = make_view(3, SPLIT, incarnations={4: 2})
+    answer(forward, *plan(forward, restarted, 11.6))
+    check_right(forward)
+    forward, _ = lost_twice(follows=False)
+    assert plan(forward, make_view(3, SPLIT, alive=(0, 1, 5)), 11.6) == []
     with pytest.raises(ExpertUnavailable):
         forward.result()
 
