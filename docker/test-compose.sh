@@ -72,4 +72,12 @@ if [ -z "${BASE_IMAGE:-}" ] && [ "$(id -u)" = 0 ] && command -v debootstrap >/de
   docker/base-image.sh "$BASE_IMAGE"
 fi
 PYTHON=$python docker/build.sh cpu
+if [ "${BASE_IMAGE:-}" = "epmesh-base:$TAG" ] && [ -z "${ETCD_IMAGE:-}" ]; then
+  export ETCD_IMAGE="epmesh-etcd:$TAG"
+  own_images+=("$ETCD_IMAGE")
+  docker/etcd-image.sh "$ETCD_IMAGE" || export EPMESH_WITHOUT_ETCD="no image of etcd can be made here"
+elif [ -z "${ETCD_IMAGE:-}" ]; then
+  docker-compose --env-file docker/etcd.env -f docker/compose.yaml pull -q etcd \
+    || export EPMESH_WITHOUT_ETCD="the image of etcd cannot be pulled"
+fi
 if "$python" -m pytest tests/compose -v -o faulthandler_timeout=600 "$@"; then echo "test-compose: PASS"; else echo "test-compose: FAIL"; exit 1; fi

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -22,6 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.timeout(600))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails shows what the containers of its stack wrote."""
+    report = yield
+    stack = getattr(item, "funcargs", {}).get("stack")
+    if report.failed and isinstance(stack, Stack):
+        report.sections.append(("containers", stack.logs()))
+    return report
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "order" in metafunc.fixturenames:
         metafunc.parametrize("order", range(metafunc.config.getoption("--orders")))
@@ -36,9 +46,9 @@ def text() -> str:
     return generation.texts(tokenizer)[0]
 
 
-def new_stack(name: str) -> Stack:
-    """A project of its own, on a free port."""
-    return Stack(f"epmesh-{name}-{os.getpid()}", {**os.environ, "ROUTER_PORT": "0"})
+def new_stack(name: str, *options: str) -> Stack:
+    """A project of its own, on a free port; `options` of docker-compose."""
+    return Stack(f"epmesh-{name}-{os.getpid()}", {**os.environ, "ROUTER_PORT": "0"}, options)
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,11 @@ from types import TracebackType
 from typing import Any, Self
 
 COMPOSE_FILE = Path(__file__).parents[2] / "docker" / "compose.yaml"
+ETCD_FILE = COMPOSE_FILE.with_name("etcd.env")
 PROMPT, NUM_TOKENS = "And it came to pass", 24
 MESH = ("coordinator", "node-0", "node-1", "router")
-_COMMAND_S, _REQUEST_S, _READY_S = 120.0, 30.0, 90.0
+_EVERYTHING = ("--profile", "more", "--profile", "tools", "--profile", "etcd")
+_COMMAND_S, _REQUEST_S, _READY_S = 180.0, 40.0, 180.0
 
 
 def run(*command: str, environment: dict[str, str] | None = None, within_s: float = _COMMAND_S) -> str:
@@ -50,14 +52,20 @@ def wait_until(holds: Callable[[], bool], what: str, within_s: float = _READY_S)
 
 @dataclass
 class Stack:
-    """One project of docker-compose. A context manager: everything it made is gone in the end."""
+    """One project of docker-compose. A context manager: everything it made is gone in the end.
+
+    Attributes:
+        options: of docker-compose, before those of this class.
+    """
 
     project: str
     environment: dict[str, str]
+    options: tuple[str, ...] = ()
 
     def compose(self, *arguments: str) -> str:
         """Runs docker-compose on this project."""
-        command = ("docker-compose", "--project-name", self.project, "--file", str(COMPOSE_FILE), *arguments)
+        project = ("--project-name", self.project, "--file", str(COMPOSE_FILE))
+        command = ("docker-compose", *self.options, *project, *arguments)
         return run(*command, environment=self.environment)
 
     def docker(self, *arguments: str) -> str:
@@ -107,6 +115,14 @@ class Stack:
         """Where the router service answers."""
         return f"http://{self.compose('port', 'router', '8080').strip()}"
 
+    def logs(self) -> str:
+        """The containers and what they wrote last, for whoever looks for a failure's cause; or why there is nothing."""
+        shown = [("ps", "--all"), ("logs", "--no-color", "--timestamps", "--tail", "150")]
+        try:
+            return "".join(self.compose(*_EVERYTHING, *command) for command in shown)
+        except (AssertionError, subprocess.TimeoutExpired) as exc:
+            return f"no logs: {exc}"
+
     def __enter__(self) -> Self:
         return self
 
@@ -114,10 +130,8 @@ class Stack:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            sys.stdout.write(self.compose("logs", "--no-color", "--tail", "60"))
-        self.compose(
-            "--profile", "more", "--profile", "tools", "down", "--volumes", "--remove-orphans", "--timeout", "5"
-        )
+            sys.stdout.write(self.logs())
+        self.compose(*_EVERYTHING, "down", "--volumes", "--remove-orphans", "--timeout", "5")
 
 
 def generate(url: str) -> str:
