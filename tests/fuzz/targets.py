@@ -73,9 +73,11 @@ from epmesh_server.ranks.driver_tensors import read_tensors
 from epmesh_server.ranks.front import Front, Incoming
 from epmesh_server.ranks.links import LinkHub
 from epmesh_server.ranks.serving_rows import parse_router_rows, parse_rows
+from epmesh_server.ranks.session import standing_in
 from tests.processes import eventually
 
 MESH, RANK, INCARNATION = "m", 0, 7
+FENCE = 3  # the newest epoch that a link takes frames of
 M = TypeVar("M", bound=Message)
 _LENGTH = struct.Struct("<H")
 
@@ -122,7 +124,7 @@ class _Route:
 @functools.cache
 def _hub() -> LinkHub:
     hub = LinkHub("127.0.0.1", INCARNATION, lambda _: None)
-    hub.identify(MESH, RANK)
+    hub.identify(MESH, RANK, functools.partial(standing_in, None, FENCE))
     return hub
 
 
@@ -138,7 +140,11 @@ def link_messages(data: bytes) -> None:
             sizes = [num_bytes(meta) for meta in message.header.tensors]
             assert sizes == [len(view) for view in message.tensors]
     finally:
-        for state in (hub._receiving, hub._inboxes, hub._holes, hub._lost, hub._current):
+        assert all(epoch <= FENCE for _, _, epoch in hub._receiving), "nobody is past the fence"
+        hub.forget_epochs_before(1 << 64, ())
+        assert (hub._held.messages, hub._held.num_bytes) == (0, 0), "what waited behind holes is given back"
+        hub._oldest = 0
+        for state in (hub._receiving, hub._inboxes, hub._holes, hub._lost, hub._current, hub._early):
             state.clear()
 
 

@@ -30,8 +30,8 @@ class Line:
         self.told: list[frozenset[tuple[int, str]]] = []
         self.sender = LinkHub("127.0.0.1", 11, self.told.append)
         self.receiver = LinkHub("127.0.0.1", 22, lambda _: None)
-        self.sender.identify("mesh", 0)
-        self.receiver.identify("mesh", 1)
+        self.sender.identify("mesh", 0, lambda sender: True)
+        self.receiver.identify("mesh", 1, lambda sender: True)
         self.proxy = Proxy(self.receiver.endpoint)
         self.inbox = self.receiver.inbox(GROUP, EPOCH)
         self.sent = 0

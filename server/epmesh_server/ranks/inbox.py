@@ -9,6 +9,7 @@ from epmesh.frames import Message
 from epmesh.v1 import frame_pb2
 
 MAX_INBOX_BYTES = 1 << 32
+_MESSAGE_BYTES = 1024  # what a message takes besides its header and tensors, about
 
 Key = tuple[int, int, int, int]  # kind, sequence, step, source
 
@@ -29,7 +30,7 @@ class Inbox:
 
     @property
     def num_bytes(self) -> int:
-        """Of the tensors that wait here."""
+        """Of the messages that wait here."""
         return self._bytes
 
     def put(self, message: Message) -> bool:
@@ -39,19 +40,22 @@ class Inbox:
 
     def _put(self, message: Message) -> bool:
         header = message.header
-        if header.kind == frame_pb2.FRAME_KIND_ABANDON:
-            self.abandoned.setdefault(header.sequence, message)
-        elif header.kind == frame_pb2.FRAME_KIND_TAKEN:
+        if header.kind == frame_pb2.FRAME_KIND_TAKEN:
             self.taken[header.source] = max(self.taken.get(header.source, 0), header.sequence)
+            return True
+        size = _size(message)
+        if self._bytes + size > MAX_INBOX_BYTES:
+            return False
+        self._bytes += size
+        if header.kind == frame_pb2.FRAME_KIND_ABANDON:
+            self._released(self.abandoned.get(header.sequence))
+            self.abandoned[header.sequence] = message
+        elif header.kind == frame_pb2.FRAME_KIND_POINT_TO_POINT:
+            self.point_to_point.setdefault(header.source, deque()).append(message)
         else:
-            size = sum(map(len, message.tensors))
-            if self._bytes + size > MAX_INBOX_BYTES:
-                return False
-            self._bytes += size
-            if header.kind == frame_pb2.FRAME_KIND_POINT_TO_POINT:
-                self.point_to_point.setdefault(header.source, deque()).append(message)
-            else:
-                self._messages[(header.kind, header.sequence, header.step, header.source)] = message
+            key = (header.kind, header.sequence, header.step, header.source)
+            self._released(self._messages.get(key))
+            self._messages[key] = message
         return True
 
     def take(self, kind: int, sequence: int, step: int, source: int) -> Message | None:
@@ -75,9 +79,13 @@ class Inbox:
             for key in [key for key in self._messages if key[1] <= sequence]:
                 self._released(self._messages.pop(key))
             for old in [number for number in self.abandoned if number <= sequence]:
-                del self.abandoned[old]
+                self._released(self.abandoned.pop(old))
 
     def _released(self, message: Message | None) -> Message | None:
         if message is not None:
-            self._bytes -= sum(map(len, message.tensors))
+            self._bytes -= _size(message)
         return message
+
+
+def _size(message: Message) -> int:
+    return _MESSAGE_BYTES + message.header.ByteSize() + sum(map(len, message.tensors))

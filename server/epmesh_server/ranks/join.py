@@ -212,7 +212,7 @@ def become_rank(
         hub.close(linger_s=0)
         raise
     sessions.append(session)
-    hub.identify(node.mesh_id, session.rank)
+    hub.identify(node.mesh_id, session.rank, session.standing)
     rank = RankProcess(
         session=session,
         hub=hub,

@@ -155,15 +155,40 @@ class SendWindow(Generic[_T]):
         self.kept_bytes -= size
 
 
+class Held:
+    """What waits behind holes, in all windows of one receiver.
+
+    Attributes:
+        messages, num_bytes: at most `MAX_HELD` of `MAX_HELD_BYTES`.
+    """
+
+    def __init__(self) -> None:
+        self.messages = self.num_bytes = 0
+
+    def take(self, size: int) -> bool:
+        """Counts one more of `size` bytes, if there is room for it."""
+        if self.messages >= MAX_HELD or self.num_bytes + size > MAX_HELD_BYTES:
+            return False
+        self.messages += 1
+        self.num_bytes += size
+        return True
+
+    def give_back(self, sizes: Iterable[int]) -> None:
+        """Those of `sizes` wait no more."""
+        for size in sizes:
+            self.messages -= 1
+            self.num_bytes -= size
+
+
 class ReceiveWindow(Generic[_T]):
     """The messages of one sender to this receiver in one epoch: delivered once each, in order."""
 
-    def __init__(self) -> None:
-        """Starts before message 1."""
+    def __init__(self, held: Held | None = None) -> None:
+        """Starts before message 1; `held` is shared with the receiver's other windows."""
         self.expected = 1  # everything below was delivered, or skipped
         self.duplicates = 0
         self._held: dict[int, tuple[_T, int]] = {}  # behind a hole: message and size, by number
-        self._held_bytes = 0
+        self._budget = held if held is not None else Held()
         self._unreported = self._unreported_bytes = 0
 
     @property
@@ -183,10 +208,17 @@ class ReceiveWindow(Generic[_T]):
             return (message,)
         if number < self.expected or number in self._held:
             self.duplicates += 1
-        elif number == self.expected or self._has_room(size):
+        elif number == self.expected:
+            self._count(size)
+            return [message, *self._released()]
+        elif self._budget.take(size):
             self._held[number] = (message, size)
-            self._held_bytes += size
         return self._released()
+
+    def close(self) -> None:
+        """Drops what waits behind a hole."""
+        self._budget.give_back(size for _, size in self._held.values())
+        self._held.clear()
 
     def skip(self, first_kept: int) -> tuple[Range | None, Sequence[_T]]:
         """Gives up on what the sender no longer keeps.
@@ -229,13 +261,10 @@ class ReceiveWindow(Generic[_T]):
 
     def _pop(self, number: int) -> _T:
         message, size = self._held.pop(number)
-        self._held_bytes -= size
+        self._budget.give_back([size])
         return message
 
     def _count(self, size: int) -> None:
         self.expected += 1
         self._unreported += 1
         self._unreported_bytes += size
-
-    def _has_room(self, size: int) -> bool:
-        return len(self._held) < MAX_HELD and self._held_bytes + size <= MAX_HELD_BYTES

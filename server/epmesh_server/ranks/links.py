@@ -27,7 +27,15 @@ from epmesh_server.curve_users import Domain
 from epmesh_server.ranks.curve_door import CurveDoor
 from epmesh_server.ranks.inbox import MAX_INBOX_BYTES, Inbox
 from epmesh_server.ranks.link_watcher import WATCHED, LinkWatcher, Peer
-from epmesh_server.ranks.link_window import MAX_RANGES, Question, Range, ReceiveWindow, Report, SendWindow
+from epmesh_server.ranks.link_window import (
+    MAX_RANGES,
+    Held,
+    Question,
+    Range,
+    ReceiveWindow,
+    Report,
+    SendWindow,
+)
 from epmesh_server.refusals import RefusalLog
 
 _log = logging.getLogger(__name__)
@@ -40,7 +48,12 @@ _FOLLOWER_POLL_MS = 5
 _MEND_POLL_S, _TEND_POLL_S = 0.01, 0.25
 _TEND_BYTES = 16 << 20  # a sender that keeps more looks for receipts even when it sends nothing
 
+MAX_EARLY_SENDERS = 16_384  # in memberships that this rank has no view of yet: as many as ranks a mesh can have
+MAX_EARLY_INBOXES = 256  # of groups that this rank has not adopted yet; their messages share one MAX_INBOX_BYTES
+
 Sender = tuple[int, int, int]  # source, incarnation, epoch
+Standing = Callable[[Sender], bool | None]
+"""Whether a sender is a member; `None` where that cannot be known yet."""
 
 
 class LinkHub:
@@ -85,7 +98,10 @@ class LinkHub:
         self._sending: dict[tuple[Peer, int], SendWindow[list[Buffer]]] = {}  # by (peer, epoch)
         self._tending = False
         self._oldest = 0  # epochs before it are over for good
+        self._standing: Standing = lambda _: None
         self._receiving: dict[Sender, ReceiveWindow[Message]] = {}  # this and the rest under the receive lock
+        self._early: set[Sender] = set()  # those that were no members yet when they began to send
+        self._held = Held()
         self._holes: dict[Sender, tuple[int, float]] = {}  # number of the missing message, and since when
         self._lost: dict[int, dict[int, str]] = {}  # epoch -> source -> what is lost
         self._inboxes: dict[tuple[int, int], Inbox] = {}  # (group, epoch); also of epochs not adopted yet
@@ -93,9 +109,9 @@ class LinkHub:
         self._pollers: dict[tuple[int, ...], zmq.Poller] = {}
         self._watcher = LinkWatcher(self._set_unreachable, self._ask, self._tend)
 
-    def identify(self, mesh_id: str, rank: int) -> None:
-        """Says who this rank is; before the first send."""
-        self.mesh_id, self.rank = mesh_id, rank
+    def identify(self, mesh_id: str, rank: int, standing: Standing) -> None:
+        """Says who this rank is, and whose frames it takes; before the first send."""
+        self.mesh_id, self.rank, self._standing = mesh_id, rank, standing
 
     def inbox(self, group_id: int, epoch: int) -> Inbox:
         """The inbox of a group in one membership epoch; those of older epochs of the group are dropped."""
@@ -172,7 +188,8 @@ class LinkHub:
         with self._receive_lock:
             self._oldest = max(self._oldest, epoch)
             for past in [key for key in self._receiving if key[2] < epoch]:
-                del self._receiving[past]
+                self._receiving.pop(past).close()
+                self._early.discard(past)
                 self._holes.pop(past, None)
             for over in [key for key in self._lost if key < epoch]:
                 del self._lost[over]
@@ -267,10 +284,21 @@ class LinkHub:
     def _window_of(self, sender: Sender) -> ReceiveWindow[Message]:
         window = self._receiving.get(sender)
         if window is None:
-            if sender[2] < self._oldest:
-                raise _over(sender[2], sender[0])
-            window = self._receiving[sender] = ReceiveWindow()
+            self._check_sender(sender)
+            window = self._receiving[sender] = ReceiveWindow(self._held)
         return window
+
+    def _check_sender(self, sender: Sender) -> None:
+        """Refuses who is no member; keeps those few that may be members of a view that is on its way here."""
+        source, incarnation, epoch = sender
+        if epoch < self._oldest:
+            raise _over(epoch, source)
+        standing = self._standing(sender)
+        if standing is None and len(self._early) < MAX_EARLY_SENDERS:
+            self._early.add(sender)
+        elif not standing:
+            who = f"rank {source}, incarnation {incarnation}"
+            raise InvalidRequest(f"a frame of epoch {epoch} from {who}: no member of it, or it is over")
 
     def _deliver(self, messages: Sequence[Message], mine: Inbox) -> None:
         for message in messages:
@@ -279,7 +307,8 @@ class LinkHub:
                 self._refuse(_over(header.epoch, header.source))
                 continue
             inbox = self._inbox(header.group_id, header.epoch)
-            if not inbox.put(message):
+            early = self._current.get(header.group_id) != header.epoch
+            if (early and self._early_bytes() > MAX_INBOX_BYTES) or not inbox.put(message):
                 inbox.lost_messages[header.source] = f"message {header.link_sequence} (no room)"
             if inbox is not mine:
                 _wake(inbox)
@@ -287,9 +316,22 @@ class LinkHub:
     def _inbox(self, group_id: int, epoch: int) -> Inbox:
         inbox = self._inboxes.get((group_id, epoch))
         if inbox is None:
+            self._forget_early_inboxes()
             inbox = self._inboxes[(group_id, epoch)] = Inbox()
             inbox.lost_messages.update(self._lost.get(epoch, {}))
         return inbox
+
+    def _early_inboxes(self) -> list[tuple[int, int]]:
+        """Those that no communicator has asked for, the oldest first."""
+        return [key for key in self._inboxes if self._current.get(key[0]) != key[1]]
+
+    def _early_bytes(self) -> int:
+        return sum(self._inboxes[key].num_bytes for key in self._early_inboxes())
+
+    def _forget_early_inboxes(self) -> None:
+        """Makes room for one more: what was left for groups that were destroyed, or that never were, goes first."""
+        for group_id, epoch in self._early_inboxes()[: 1 - MAX_EARLY_INBOXES]:
+            del self._inboxes[(group_id, epoch)]
 
     def _answer(self, route: zmq.Frame, sender: Sender, link: frame_pb2.LinkState, mine: Inbox) -> None:
         """Tells a sender that reconnected what is missing, once what it cannot send again is given up."""

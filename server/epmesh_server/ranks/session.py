@@ -28,7 +28,8 @@ from epmesh.v1 import membership_service_pb2, rank_service_pb2, rank_service_pb2
 from epmesh.version import VERSION, check_compatible
 from epmesh.view import RankMode, View
 from epmesh_server.ranks.curve_door import CurveDoor
-from epmesh_server.shared_memory import ControlPage
+from epmesh_server.ranks.links import Sender
+from epmesh_server.shared_memory import MAX_RANKS, ControlPage
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +69,24 @@ def describe_node(address: str, timeout_s: float, tls: TlsFiles | None = None) -
                 problem = f"its coordinator at {node.coordinator_address} has not accepted it"
             threading.Event().wait(min(0.05, max(left, 0)))
     raise MeshUnavailable(f"node service at {address}: {problem} within {timeout_s:g} s; is `epmesh serve` running?")
+
+
+def standing_in(view: View | None, fence: int, sender: Sender) -> bool | None:
+    """Whether a sender of link frames is a member. Pure.
+
+    Args:
+        view: the newest that arrived here.
+        fence: the newest epoch that was prepared here: no member has a view of a later one.
+        sender: source, incarnation and membership epoch, as a frame has them.
+
+    Returns:
+        `None` where that may be the view which is on its way here.
+    """
+    source, incarnation, epoch = sender
+    if view is not None and epoch == view.membership_epoch:
+        return source in view.ranks and view.ranks[source].incarnation == incarnation
+    is_to_come = (0 if view is None else view.epoch) < epoch <= fence
+    return None if is_to_come and source < MAX_RANKS else False
 
 
 def _check_ours(path: str) -> None:
@@ -146,6 +165,10 @@ class RankSession:
     def view(self) -> View | None:
         """The newest view that arrived."""
         return self._view
+
+    def standing(self, sender: Sender) -> bool | None:
+        """Whether a sender of link frames is a member, as the newest view and the fence say; see `standing_in`."""
+        return standing_in(self._view, self.page.fence, sender)
 
     @property
     def error(self) -> EpmeshError | None:
