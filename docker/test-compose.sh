@@ -14,12 +14,13 @@ skip() {
 }
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/epmesh-compose-XXXXXX")
-engine=""
+engine="" wheels=""
 own_images=()
 
 finish() {
   local code=$?
   trap - EXIT INT TERM
+  [ -z "$wheels" ] || wait "$wheels" || true # where what ran beside it failed; it ends by itself
   if ((${#own_images[@]})); then docker rmi --force "${own_images[@]}" >/dev/null 2>&1 || true; fi
   if [ -n "$engine" ]; then
     kill "$engine" 2>/dev/null || true
@@ -66,12 +67,16 @@ fi
 
 export EPMESH_TAG="test-$$" TAG="test-$$"
 own_images=("epmesh-node:$TAG" "epmesh-router:$TAG")
+PYTHON=$python docker/wheels.sh cpu & # beside the base image: one waits for the disk and the network, the other computes
+wheels=$!
 if [ -z "${BASE_IMAGE:-}" ] && [ "$(id -u)" = 0 ] && command -v debootstrap >/dev/null; then
   export BASE_IMAGE="epmesh-base:$TAG"
   own_images+=("$BASE_IMAGE")
   docker/base-image.sh "$BASE_IMAGE"
 fi
-PYTHON=$python docker/build.sh cpu
+wait "$wheels"
+wheels=""
+SKIP_WHEELS=1 PYTHON=$python docker/build.sh cpu
 if [ "${BASE_IMAGE:-}" = "epmesh-base:$TAG" ] && [ -z "${ETCD_IMAGE:-}" ]; then
   export ETCD_IMAGE="epmesh-etcd:$TAG"
   own_images+=("$ETCD_IMAGE")

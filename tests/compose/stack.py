@@ -91,6 +91,24 @@ class Stack:
         """The name of the mesh's network."""
         return f"{self.project}_mesh"
 
+    def image(self, name: str) -> str:
+        """The image of nodes or of the router service."""
+        return f"epmesh-{name}:{self.environment.get('EPMESH_TAG', 'latest')}"
+
+    def doctor(self, *command: str) -> dict[str, str]:
+        """What the doctor has to say of a container, asked by a command of docker: by cause, what mends it.
+
+        Raises:
+            AssertionError: its exit code does not fit to what it found.
+        """
+        done = subprocess.run(
+            ("docker", *command), env=self.environment, capture_output=True, text=True, timeout=_COMMAND_S, check=False
+        )
+        assert done.returncode in (0, 1), f"exit {done.returncode}\n{done.stdout}{done.stderr}"
+        found = [finding for finding in json.loads(done.stdout)["findings"] if finding["severity"] != "ok"]
+        assert done.returncode == any(finding["severity"] == "error" for finding in found)
+        return {finding["cause"]: finding["mend"] for finding in found}
+
     def view(self, service: str = "node-0") -> dict[str, Any]:
         """The view that a node knows; an empty one while it does not answer."""
         command = ("exec", self.container(service), "epmesh", "status", "--json", "127.0.0.1:7400")

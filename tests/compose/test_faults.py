@@ -42,6 +42,36 @@ def test_containers_run_as_nobody_special(whole: Stack) -> None:
         assert whole.docker("exec", whole.container(service), "id", "-u").strip() == "10001"
 
 
+@pytest.mark.parametrize("service", ["node-0", "coordinator"])
+def test_the_doctor_finds_nothing_wrong_with_a_service(whole: Stack, service: str) -> None:
+    found = whole.doctor("exec", whole.container(service), "epmesh", "doctor", "--json")
+    assert set(found) <= {"memory-used", "buffers-beyond-memory", "cpu-quota"}  # the machine may be small
+
+
+def test_the_doctor_names_what_is_wrong_with_a_container_and_what_mends_it(whole: Stack) -> None:
+    limits = ("--memory", "256m", "--pids-limit", "40", "--read-only", "--tmpfs", "/tmp", "--network", whole.network)
+    settings = {
+        "RANKS": 2,
+        "INSECURE": 1,
+        "DEVICE": "cuda",
+        "COORDINATOR": "coordinater:7401",
+        "ADVERTISE": "127.0.0.1",
+    }
+    given = (part for name, value in settings.items() for part in ("--env", f"EPMESH_{name}={value}"))
+    found = whole.doctor("run", "--rm", *limits, *given, whole.image("node"), "doctor", "--json")
+    mends = {
+        "name-unknown": "service name",
+        "advertised-loopback": "leave --advertise (EPMESH_ADVERTISE) out",
+        "memory-limit": "`mem_limit:`",
+        "pids-limit": "`pids_limit:`",
+        "shm-small": "`shm_size: 2gb`",
+        "locked-memory": "`ulimits: {memlock: -1}`",
+        "read-only": "`tmpfs: [/tmp, /run/epmesh]`",
+        "gpu-missing": "--device cpu",
+    }
+    assert {cause: mend for cause, mend in mends.items() if mend not in found.get(cause, "")} == {}
+
+
 def test_a_killed_node_costs_no_request_and_comes_back(whole: Stack, text: str) -> None:
     with Traffic(whole.url()) as traffic:
         traffic.wait_more()
@@ -71,7 +101,6 @@ def test_a_node_that_stands_still_is_done_without(whole: Stack, text: str) -> No
 def test_a_node_comes_back_with_another_address_after_its_network_was_cut(whole: Stack, text: str) -> None:
     before = whole.address("node-1")
     placeholder = f"{whole.project}-placeholder"
-    image = f"epmesh-router:{whole.environment.get('EPMESH_TAG', 'latest')}"
     with Traffic(whole.url()) as traffic:
         traffic.wait_more()
         whole.docker("network", "disconnect", whole.network, whole.container("node-1"))
@@ -79,7 +108,7 @@ def test_a_node_comes_back_with_another_address_after_its_network_was_cut(whole:
         traffic.wait_more()
         whole.docker(
             *("run", "--detach", "--rm", "--name", placeholder, "--network", whole.network, "--entrypoint", "sleep"),
-            *(image, "300"),  # it takes the address that is free now
+            *(whole.image("router"), "300"),  # it takes the address that is free now
         )
         try:
             whole.docker("network", "connect", "--alias", "node-1", whole.network, whole.container("node-1"))

@@ -363,6 +363,13 @@ PLACES = (
         ("has 1 MiB left",),
     ),
     Place(
+        "data_directory_that_an_image_sets_and_a_node_does_not_need",
+        (),
+        f'{HERE}; mkdir "$PLACE/data"; mount -t tmpfs -o size=1m none "$PLACE/data"',
+        f'{AWAY} --advertise 10.9.0.1 --data-dir "$PLACE/data"',
+        ("10.9.0.1 (--advertise) of eth0",),
+    ),
+    Place(
         "log_is_lost_with_the_container",
         ("log-forgotten",),
         'mkdir "$PLACE/data"; mount -t tmpfs none "$PLACE/data"',

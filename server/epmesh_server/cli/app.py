@@ -522,7 +522,8 @@ def doctor(
     from epmesh_server.cli.serving import default_data_dir
     from epmesh_server.doctor import Asked
 
-    beside = default_data_dir(coordinator_port) if coordinator is None else None
+    # Images set a data directory for every service; a node with its coordinator elsewhere keeps no log.
+    log_dir = (data_dir or default_data_dir(coordinator_port)) if coordinator is None else None
     asked = Asked(
         host=host,
         port=port,
@@ -534,7 +535,7 @@ def doctor(
         link_host=link_host,
         buffer_bytes=parse_size(buffer_bytes),
         runtime_dir=runtime_dir,
-        data_dir=data_dir or beside,
+        data_dir=log_dir,
         insecure=insecure,
         tls_dir=tls_dir,
         ranks=ranks,
