@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import random
 import struct
 import subprocess
@@ -22,7 +21,6 @@ from epmesh.errors import EpmeshError, InvalidRequest
 from epmesh.testing import LocalMesh
 from epmesh.v1 import group_service_pb2 as groups
 from epmesh.v1 import group_service_pb2_grpc as groups_rpc
-from epmesh.v1 import membership_service_pb2 as pb
 from epmesh_server.coordinator.log import LOG_NAME
 from tests.fault import works
 from tests.integration.mesh_works import Inbox
@@ -104,7 +102,7 @@ class Mesh:
         """Reports ranks and obeys; returns when they were evicted, as a slow machine may have it."""
         node.open(self.epochs.get(node.node_id, 0))
         node.report(*(rank(8 * node.slot + local, 1 + self.evicted[node.node_id]) for local in range(2)))
-        beating = asyncio.create_task(_beat(node))
+        beating = asyncio.create_task(node.beat())
         try:
             while True:
                 command = await node.hear()
@@ -131,12 +129,6 @@ class Mesh:
                 await self.register(f"newcomer-{number}")
             except EpmeshError:
                 return
-
-
-async def _beat(node: RawNode) -> None:
-    for number in itertools.count():
-        node.say(heartbeat=pb.Heartbeat(number=number))
-        await asyncio.sleep(0.5)
 
 
 class Coordinator:

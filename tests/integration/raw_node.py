@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +22,7 @@ from epmesh.v1 import membership_service_pb2_grpc as rpc
 from epmesh.v1 import view_pb2
 from epmesh_server.coordinator import CoordinatorSettings, run_coordinator
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 T = TypeVar("T")
 
 
@@ -122,10 +124,20 @@ class RawNode:
             raise from_rpc_error(_Ended(code, trailing, details), "NodeSession")
 
     async def serve(self) -> None:
-        """Answers every command until the stream ends."""
-        with contextlib.suppress(EpmeshError):
-            while True:
-                self.answer(await self.hear())
+        """Answers every command, and beats, until the stream ends."""
+        beating = asyncio.create_task(self.beat())
+        try:
+            with contextlib.suppress(EpmeshError):
+                while True:
+                    self.answer(await self.hear())
+        finally:
+            beating.cancel()
+
+    async def beat(self) -> None:
+        """Sends heartbeats until cancelled."""
+        for number in itertools.count():
+            self.say(heartbeat=pb.Heartbeat(number=number))
+            await asyncio.sleep(0.5)
 
     def answer(self, command: pb.NodeSessionResponse, *progress: pb.GroupProgress) -> None:
         match command.WhichOneof("command"):
@@ -208,10 +220,18 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def coordinator(data_dir: Path, **changed: Any) -> AsyncIterator[Running]:
-    """Runs a coordinator on a free port of loopback."""
+async def coordinator(data_dir: Path, *, batch_window_s: float | None = None, **changed: Any) -> AsyncIterator[Running]:
+    """Runs a coordinator on a free port of loopback.
+
+    Args:
+        batch_window_s: how long it waits for more that is to be committed together, where a test goes by that.
+        changed: of its settings.
+    """
     stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
     settings = CoordinatorSettings(**{"data_dir": data_dir, "port": 0, **changed})
+    if batch_window_s is not None:
+        windows = {"batch_window_s": batch_window_s, "max_batch_window_s": 4 * batch_window_s}
+        object.__setattr__(settings, "membership", replace(settings.membership, **windows))
     task = asyncio.create_task(run_coordinator(settings, stop, ready.set_result))
     await asyncio.wait((task, ready), return_when=asyncio.FIRST_COMPLETED, timeout=TIMEOUT_S)
     if task.done():

