@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-_PATIENCE_S = 20.0
+_PATIENCE_S = 60.0
 
 
 def eventually(happened: Callable[[], bool]) -> bool:

@@ -16,6 +16,7 @@ from epmesh_server.hosted.options import HostedRank
 from epmesh_server.hosted.rank_main import rank_main
 from epmesh_server.node import NodeSettings
 from epmesh_server.processes.child import Child, end_all
+from epmesh_server.testing.ports import Port
 from epmesh_server.testing.preload import start_mesh_fork_server
 from epmesh_server.testing.services import coordinator_main, node_main
 from tests.integration.contract import MAX_TOKENS
@@ -36,7 +37,8 @@ class HostedMesh:
         self._children: list[Child] = []
         self._services: list[Child] = []
         self._ranks: dict[int, Child] = {}
-        self.addresses: list[str] = []
+        self._ports = [Port() for _ in range(self.nodes)]  # kept while a service is not there
+        self.addresses = [port.address for port in self._ports]
         self.world_size = self.nodes * self.ranks_per_node
 
     def __enter__(self) -> Self:
@@ -50,6 +52,8 @@ class HostedMesh:
 
     def __exit__(self, *_: object) -> None:
         end_all([*self._ranks.values(), *self._services, *self._children], 1.0)
+        for port in self._ports:
+            port.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
@@ -59,14 +63,14 @@ class HostedMesh:
         self._children.append(coordinator)
         self.coordinator = _address(coordinator)
         for slot in range(self.nodes):
-            self._services.append(self._service(slot, 0))
-            self.addresses.append(_address(self._services[-1]))
+            self._services.append(self._service(slot))
+            assert _address(self._services[-1]) == self.addresses[slot]
         for rank in range(self.world_size) if self.hosted is None else self.hosted:
             self._ranks[rank] = self._rank(rank)
 
-    def _service(self, slot: int, port: int) -> Child:
+    def _service(self, slot: int) -> Child:
         settings = NodeSettings(
-            port=port,
+            port=self._ports[slot].number,
             coordinator=self.coordinator,
             node_id=f"n{slot}",
             slot=slot,
@@ -98,7 +102,7 @@ class HostedMesh:
     def start_service(self, slot: int) -> None:
         """Starts it again, at the same address."""
         self._services[slot].close()
-        self._services[slot] = self._service(slot, int(self.addresses[slot].rpartition(":")[2]))
+        self._services[slot] = self._service(slot)
         _address(self._services[slot])
 
     def kill_rank(self, rank: int) -> None:
@@ -123,6 +127,6 @@ class HostedMesh:
 
 
 def _address(child: Child) -> str:
-    assert child.pipe.poll(10.0), f"{child.name} says nothing"
+    assert child.pipe.poll(TIMEOUT_S), f"{child.name} says nothing"
     address: str = child.receive().address
     return address

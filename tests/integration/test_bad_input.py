@@ -114,17 +114,16 @@ def small_mesh() -> Iterator[LocalMesh]:
         yield mesh
 
 
-def free_address() -> str:
-    """An address of this machine where nobody listens."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{unused.getsockname()[1]}"
+@pytest.fixture
+def free_address() -> Iterator[str]:
+    """An address of loopback where nobody listens, nor will."""
+    with closing(Port()) as port:
+        yield port.address
 
 
-def test_joining_where_nobody_listens_says_where_and_how_to_mend_it() -> None:
-    address = free_address()
-    with pytest.raises(MeshUnavailable, match=f"{address}.*epmesh serve"):
-        epmesh.join(address, timeout_s=0.5)
+def test_joining_where_nobody_listens_says_where_and_how_to_mend_it(free_address: str) -> None:
+    with pytest.raises(MeshUnavailable, match=f"{free_address}.*epmesh serve"):
+        epmesh.join(free_address, timeout_s=0.5)
 
 
 @pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:port", "127.0.0.1:70000", ""])
@@ -220,8 +219,10 @@ def taken_port() -> Iterator[int]:
         yield taken.getsockname()[1]
 
 
-def test_a_node_service_says_that_its_port_is_in_use(start: Any, taken_port: int, tmp_path: Path) -> None:
-    node = start(node_main, NodeSettings(port=taken_port, coordinator=free_address(), runtime_dir=tmp_path / "node"))
+def test_a_node_service_says_that_its_port_is_in_use(
+    start: Any, taken_port: int, free_address: str, tmp_path: Path
+) -> None:
+    node = start(node_main, NodeSettings(port=taken_port, coordinator=free_address, runtime_dir=tmp_path / "node"))
     error = refusal(node)
     assert isinstance(error, InvalidRequest)
     assert str(taken_port) in str(error)
@@ -247,10 +248,11 @@ def test_a_second_node_with_a_live_nodes_id_is_refused_and_the_first_goes_on(
     assert small_mesh.run(refusals.works) == [True]
 
 
-def test_joining_a_node_whose_coordinator_is_out_of_reach_names_the_coordinator(start: Any, tmp_path: Path) -> None:
-    coordinator = free_address()
-    node = start(node_main, NodeSettings(port=0, coordinator=coordinator, runtime_dir=tmp_path / "node"))
-    with pytest.raises(MeshUnavailable, match=coordinator):
+def test_joining_a_node_whose_coordinator_is_out_of_reach_names_the_coordinator(
+    start: Any, free_address: str, tmp_path: Path
+) -> None:
+    node = start(node_main, NodeSettings(port=0, coordinator=free_address, runtime_dir=tmp_path / "node"))
+    with pytest.raises(MeshUnavailable, match=free_address):
         epmesh.join(message(node).address, timeout_s=1.0)
 
 

@@ -27,6 +27,7 @@ from epmesh.v1 import (
     store_service_pb2,
     store_service_pb2_grpc,
 )
+from epmesh_server.testing.ports import Port
 from tests.integration.fake_coordinator import EP, FakeCoordinator, serving
 from tests.integration.node_under_test import mesh, node_service, typed
 from tests.integration.rank_process import rank_process
@@ -82,18 +83,16 @@ async def test_a_full_node_says_who_has_its_ranks() -> None:
 @on_event_loop
 async def test_a_rank_may_open_its_session_before_the_coordinator_is_there() -> None:
     fake = FakeCoordinator()
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = held.getsockname()[1]
-    async with node_service(f"127.0.0.1:{port}") as node:
-        rank = RawRank(await node.describe())
-        assert not rank.node.registered
-        opening = asyncio.create_task(rank.open())
-        async with serving(fake, port):
-            await soon(opening)
-            assert rank.opened.rank == 0
-            await node.stop()
-        await rank.hang_up()
+    with contextlib.closing(Port()) as port:
+        async with node_service(port.address) as node:
+            rank = RawRank(await node.describe())
+            assert not rank.node.registered
+            opening = asyncio.create_task(rank.open())
+            async with serving(fake, port.number):
+                await soon(opening)
+                assert rank.opened.rank == 0
+                await node.stop()
+            await rank.hang_up()
 
 
 @on_event_loop

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0  # of a machine that is busy with other things, too
 _P = ParamSpec("_P")
 
 

@@ -16,6 +16,7 @@ from epmesh.v1 import view_pb2
 from epmesh.version import VERSION
 from epmesh.view import is_newer
 from epmesh_server.node.rpc import TCP_SERVER_OPTIONS
+from epmesh_server.testing.ports import Port
 
 WAIT_S = 20.0
 
@@ -40,14 +41,14 @@ class FakeService(rpc.DiscoveryServiceServicer):
         asked: how often `GetView` was called.
     """
 
-    def __init__(self, first: view_pb2.View | None = None, *, port: int = 0, version: str = VERSION) -> None:
+    def __init__(self, first: view_pb2.View | None = None, *, version: str = VERSION) -> None:
         self.view = first or view_pb2.View()
         self.version = version
         self.watches: list[pb.WatchViewsRequest] = []
         self.asked = 0
         self.ends_watches = False
         self._changed = threading.Condition()
-        self._port = port
+        self._port = Port()
         self._server: grpc.Server | None = None
 
     def __enter__(self) -> Self:
@@ -58,15 +59,16 @@ class FakeService(rpc.DiscoveryServiceServicer):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+        self._port.close()
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self._port}"
+        return self._port.address
 
     def start(self) -> None:
         self._server = grpc.server(futures.ThreadPoolExecutor(8), options=TCP_SERVER_OPTIONS)
         rpc.add_DiscoveryServiceServicer_to_server(self, self._server)
-        self._port = self._server.add_insecure_port(self.address)
+        self._server.add_insecure_port(self.address)
         self._server.start()
 
     def stop(self) -> None:

@@ -16,7 +16,7 @@ from epmesh_server.node.client_keys import ClientKeyTable
 from epmesh_server.node.key_authority import KeyAuthority
 from epmesh_server.node.views import ViewBoard
 
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 MESH = "mesh"
 
 

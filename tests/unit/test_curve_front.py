@@ -216,7 +216,7 @@ def test_a_front_that_is_not_the_ranks_gets_nothing(
 
 @pytest.fixture
 def short_lived() -> Iterator[Authority]:
-    with Authority(lease_s=0.6) as made:
+    with Authority(lease_s=2.0) as made:  # a busy machine may be late to renew one, by less than that
         yield made
 
 
@@ -245,7 +245,7 @@ def test_a_client_leases_its_key_by_itself_renews_it_and_gives_it_back(
     router = FrontClient(MESH)
     try:
         assert ask(router, peer, **ROWS) is None
-        until = time.monotonic() + 3 * short_lived.clients.lease_s
+        until = time.monotonic() + 1.25 * short_lived.clients.lease_s
         while time.monotonic() < until:
             assert ask(router, peer, **ROWS) is None
             short_lived.call(short_lived.clients.end_late)

@@ -21,6 +21,7 @@ import pytest
 
 import epmesh
 from epmesh import InvalidRequest, MeshUnavailable, NotReady, View, channels, view_reader
+from tests.processes import eventually
 from tests.unit.fake_discovery import WAIT_S, FakeService, view
 from tests.unit.silent_proxy import SilentProxy
 
@@ -205,6 +206,7 @@ def test_when_a_service_goes_away_the_next_takes_over(service: FakeService, othe
 def test_a_service_that_restarts_on_its_port_is_found_again(service: FakeService) -> None:
     with epmesh.connect(service.address) as mesh:
         service.stop()
+        assert eventually(lambda: not mesh.connected)
         with pytest.raises(MeshUnavailable, match=service.address):
             mesh.wait_view(lambda _: not mesh.connected and mesh.view.epoch > 3, 0.5)
         assert mesh.view.epoch == 3
@@ -298,10 +300,13 @@ def test_a_node_that_the_view_names_is_not_believed_once_it_belongs_elsewhere(
 
 def test_a_service_that_ends_every_watch_is_not_asked_without_a_pause(service: FakeService) -> None:
     service.ends_watches = True
+    began = time.monotonic()
     with epmesh.connect(service.address) as mesh:
         with pytest.raises((NotReady, MeshUnavailable)):
             mesh.wait_view(at_epoch(99), 0.5)
-        assert service.asked <= 8
+        asked, took_s = service.asked, time.monotonic() - began
+        # Pauses of 0.05, 0.1, ... 0.8 s and then 1 s, of which chance takes up to half away.
+        assert asked <= 8 + 2 * took_s
         service.ends_watches = False
         service.publish(view(99))
         mesh.wait_view(at_epoch(99), WAIT_S)

@@ -19,7 +19,7 @@ from epmesh_server.ranks.link_window import READ_EVERY, REPORT_EVERY, SendWindow
 from epmesh_server.ranks.links import LinkHub
 from tests.proxy import Mode, Proxy
 
-GROUP, EPOCH, PATIENCE_S = 1, 3, 10.0
+GROUP, EPOCH, PATIENCE_S = 1, 3, 30.0
 P2P = frame_pb2.FRAME_KIND_POINT_TO_POINT
 
 

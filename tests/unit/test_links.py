@@ -21,7 +21,7 @@ from epmesh_server.ranks.inbox import Inbox
 from epmesh_server.ranks.links import LinkHub
 from epmesh_server.ranks.session import standing_in
 
-GROUP, EPOCH, PATIENCE_S = 1, 3, 10.0
+GROUP, EPOCH, PATIENCE_S = 1, 3, 30.0
 COLLECTIVE, P2P = frame_pb2.FRAME_KIND_COLLECTIVE, frame_pb2.FRAME_KIND_POINT_TO_POINT
 
 

@@ -153,8 +153,8 @@ def test_the_deadline_ends_the_call_and_tells_the_ranks(make_bench: MakeBench) -
     bench = make_bench()
     bench.transport.held = True
     began = time.monotonic()
-    with pytest.raises(DeadlineExceeded, match=r"ranks 0, 4 did not answer within 0\.05 s") as caught:
-        bench.router.forward(*batch(), timeout=0.05)
+    with pytest.raises(DeadlineExceeded, match=r"ranks 0, 4 did not answer within 0\.5 s") as caught:
+        bench.router.forward(*batch(), timeout=0.5)
     assert time.monotonic() - began < 5
     assert caught.value.rank == 0
     assert sorted(call.entry.rank for call in bench.transport.cancelled) == [0, 4]
@@ -165,7 +165,7 @@ def test_the_deadline_names_the_last_refusal_where_no_view_came(make_bench: Make
     bench = make_bench()
     bench.fail_once(StaleEpoch(7, "epoch 1 is over"), 4)
     with pytest.raises(DeadlineExceeded, match="the last refusal: epoch 1 is over"):
-        bench.router.forward(*batch(), timeout=0.1)
+        bench.router.forward(*batch(), timeout=0.5)
 
 
 def test_the_routers_own_deadline_holds_where_none_is_named(make_bench: MakeBench) -> None:
@@ -200,7 +200,7 @@ def test_beyond_the_budget_a_forward_waits_for_room(make_bench: MakeBench) -> No
         first = pool.submit(bench.router.forward, *given)
         assert bench.transport.sent.acquire(timeout=10)
         with pytest.raises(Overloaded, match="max_inflight_bytes") as caught:
-            bench.router.forward(*given, timeout=0.05)
+            bench.router.forward(*given, timeout=0.5)
         assert caught.value.retry_after_s > 0
         second = pool.submit(bench.router.forward, *given)
         assert not bench.transport.sent.acquire(timeout=0.05)
