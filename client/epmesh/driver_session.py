@@ -78,9 +78,9 @@ class DriverSession:
         self._channels = RenewedChannel(node, tls)
         self._renewing: threading.Thread | None = None
         request = communicator_service_pb2.AttachRankRequest(rank=rank, driver=driver, version=VERSION)
-        channel = self.channel
+        self._held_on = self.channel
         try:
-            self.granted = self._hold(channel, request)[1].result(timeout_s)
+            self.granted = self._hold(self._held_on, request)[1].result(timeout_s)
         except TimeoutError:
             self._hang_up()
             raise MeshUnavailable(f"AttachRank at {node.address}: no answer within {timeout_s:g} s") from None
@@ -88,9 +88,7 @@ class DriverSession:
             self._hang_up()
             raise
         if tls is not None:
-            self._renewing = threading.Thread(
-                target=self._renew, args=(channel,), name="epmesh-driver-certificate", daemon=True
-            )
+            self._renewing = threading.Thread(target=self._renew, name="epmesh-driver-certificate", daemon=True)
             self._renewing.start()
 
     @property
@@ -248,12 +246,12 @@ class DriverSession:
         thread.start()
         return stream, granted
 
-    def _renew(self, held_on: grpc.Channel) -> None:
+    def _renew(self) -> None:
         """Has the rank held on the channel of now, whenever that is another one, until the session is over."""
         said = ""
         while not self._over.wait(_RENEW_S):
             channel = self.channel
-            if channel is held_on:
+            if channel is self._held_on:
                 continue
             request = communicator_service_pb2.AttachRankRequest(
                 rank=self.rank, version=VERSION, token=self.granted.token
@@ -264,7 +262,7 @@ class DriverSession:
                 return
             try:
                 granted.result(RPC_TIMEOUT_S)
-                held_on, said = channel, ""
+                self._held_on, said = channel, ""
             except (TimeoutError, EpmeshError) as exc:
                 stream.cancel()
                 why = str(exc) or "no answer in time"

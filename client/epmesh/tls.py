@@ -17,6 +17,7 @@ from pathlib import Path
 from epmesh.errors import InvalidRequest
 
 CA_NAME, CERTIFICATE_NAME, KEY_NAME = "ca.crt", "tls.crt", "tls.key"
+REVOKED_NAME = "crl.pem"
 
 SERVICE_NAME = "service.epmesh"
 """The DNS name that the certificate of every coordinator and node service has."""
@@ -58,6 +59,11 @@ class TlsFiles:
     ca: Path
     certificate: Path
     private_key: Path
+
+    @property
+    def revoked(self) -> Path:
+        """Where services look for lists of revoked certificates: ``crl.pem`` beside `ca`; it need not be there."""
+        return self.ca.with_name(REVOKED_NAME)
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> TlsFiles:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,16 +20,19 @@ from epmesh.tls import (
     COORDINATOR_NAME,
     KEY_NAME,
     NODE_NAME,
+    REVOKED_NAME,
     SERVICE_NAME,
     TlsFiles,
     node_name,
 )
-from epmesh_server.access import Identity, Role
+from epmesh_server.access import Identity, Role, identities
+from epmesh_server.revocation import CertificateId
 
 CA_KEY_NAME = "ca.key"
 DEFAULT_DAYS = 365
 _BACKDATED = dt.timedelta(minutes=5)  # clocks differ
 _MAX_DAYS = 36_500
+_SERVICES = frozenset({Role.COORDINATOR, Role.NODE})
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,110 @@ class Authority:
         _write(directory / CERTIFICATE_NAME, certificate.public_bytes(serialization.Encoding.PEM), replace=replace)
         authority = self.certificate.public_bytes(serialization.Encoding.PEM)
         _write(directory / CA_NAME, authority, replace=replace)
-        return TlsFiles.from_directory(directory)
+        files = TlsFiles.from_directory(directory)
+        _make_directory(self._issued)
+        _write(
+            self._issued / f"{CertificateId.of(certificate)}.crt", certificate.public_bytes(serialization.Encoding.PEM)
+        )
+        if self.list_path.exists() and _serves(certificate):
+            _write(files.revoked, self.list_path.read_bytes(), replace=True)
+        return files
+
+    @property
+    def list_path(self) -> Path:
+        """``crl.pem``: the list of what `revoke` revoked; not there before."""
+        return self.directory / REVOKED_NAME
+
+    @property
+    def _issued(self) -> Path:
+        return self.directory / "issued"
+
+    def issued_to(self, identity: Identity, *, replaced: bool = False) -> list[x509.Certificate]:
+        """Its certificates that this authority made and that are not over; with `replaced`, without the one that its
+        directory has now."""
+        current = _certificate(self.directory / directory_name(identity) / CERTIFICATE_NAME)
+        found = [_certificate(path) for path in sorted(self._issued.glob("*.crt"))]
+        if current is not None and not replaced and current not in found:
+            found.append(current)  # made by a version that kept no copies
+        now = dt.datetime.now(dt.UTC)
+        return [
+            each
+            for each in found
+            if each is not None
+            and identity in certified(each)
+            and each.not_valid_after_utc > now
+            and not (replaced and each == current)
+        ]
+
+    def revoke(self, serials: Iterable[int]) -> list[Path]:
+        """Adds certificates of this authority to its list, which is never shortened.
+
+        Returns:
+            Where the list is now: in the directory of the authority, and in those of its set that are for services.
+
+        Raises:
+            InvalidRequest: the list cannot be read or written.
+        """
+        now = dt.datetime.now(dt.UTC)
+        entries = {entry.serial_number: entry for entry in self._revoked()}
+        for serial in serials:
+            made = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now)
+            entries.setdefault(serial, made.build())
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self.certificate.subject)
+            .last_update(now - _BACKDATED)
+            .next_update(now + dt.timedelta(days=_MAX_DAYS))  # it is pushed to services, not fetched
+        )
+        key = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.certificate.public_key())  # type: ignore[arg-type]
+        builder = builder.add_extension(key, critical=False)
+        for entry in entries.values():
+            builder = builder.add_revoked_certificate(entry)
+        data = builder.sign(self.private_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+        served = [path.parent for path in self.directory.glob(f"*/{CERTIFICATE_NAME}")]
+        places = [self.list_path]
+        for directory in sorted(served):
+            certificate = _certificate(directory / CERTIFICATE_NAME)
+            if certificate is not None and _serves(certificate):
+                places.append(directory / REVOKED_NAME)
+        for place in places:
+            _write(place, data, replace=True)
+        return places
+
+    def _revoked(self) -> list[x509.RevokedCertificate]:
+        if not self.list_path.exists():
+            return []
+        try:
+            return list(x509.load_pem_x509_crl(self.list_path.read_bytes()))
+        except (OSError, ValueError) as exc:
+            raise InvalidRequest(f"cannot read {self.list_path}: {exc}") from exc
+
+
+def certified(certificate: x509.Certificate) -> tuple[Identity, ...]:
+    """Whose certificate it is."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except (x509.ExtensionNotFound, ValueError):
+        return ()
+    return identities(names.value.get_values_for_type(x509.UniformResourceIdentifier))
+
+
+def _certificate(path: Path) -> x509.Certificate | None:
+    """The certificate in a file; `None` where there is none.
+
+    Raises:
+        InvalidRequest: it is something else.
+    """
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as exc:
+        raise InvalidRequest(f"cannot read {path}: {exc}") from exc
+
+
+def _serves(certificate: x509.Certificate) -> bool:
+    return any(identity.role in _SERVICES for identity in certified(certificate))
 
 
 def directory_name(identity: Identity) -> str:
@@ -158,7 +264,7 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _purposes(identities: Sequence[Identity]) -> list[x509.ObjectIdentifier]:
-    serves = {identity.role for identity in identities} & {Role.COORDINATOR, Role.NODE}
+    serves = {identity.role for identity in identities} & _SERVICES
     # Every service is asked for its health with its own certificate too, where it runs.
     purposes = [ExtendedKeyUsageOID.SERVER_AUTH] if serves else []
     return [*purposes, ExtendedKeyUsageOID.CLIENT_AUTH]

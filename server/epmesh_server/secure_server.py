@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime as dt
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import grpc
@@ -16,13 +18,17 @@ from epmesh.errors import EpmeshError, InvalidRequest, Overloaded, Unauthenticat
 from epmesh.grpc_errors import abort
 from epmesh.tls import TlsContents, TlsFiles
 from epmesh_server.access import Access, Identity, Role, authorize, identities, name_of
+from epmesh_server.certificates import certified
 from epmesh_server.fair_budget import FairBudget
 from epmesh_server.refusals import RefusalLog
+from epmesh_server.revocation import CertificateId, Revocations, certificate_id, refusal
 
 _log = logging.getLogger(__name__)
-_SAN_KEY = "x509_subject_alternative_name"
+_SAN_KEY, _PEM_KEY = "x509_subject_alternative_name", "x509_pem_cert"
+_ABORT_S = 1.0  # what sending an error may take
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_Shown: TypeAlias = "dict[str, list[bytes]]"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 MAX_CALLS = 16_384
@@ -47,10 +53,11 @@ _ENDLESS = frozenset(
 )
 
 
-def make_server(options: Sequence[tuple[str, int]], tls: TlsFiles | None, access: Access) -> grpc.aio.Server:
+def make_server(options: Sequence[tuple[str, int]], access: Access, revocations: Revocations | None) -> grpc.aio.Server:
     """A server for a TCP port: calls need a deadline, but for those that tell of something for as long as they are
-    open; with `tls` each is checked against `access`, too."""
-    gate = _Gate(access if tls is not None else None)
+    open. With `revocations`, which a secured service has, each is checked against `access`, too, and refused, or ended
+    where it is open, if its certificate was revoked."""
+    gate = _Gate(access if revocations is not None else None, revocations)
     return grpc.aio.server(options=(*options, *_BOUNDS), interceptors=[gate], maximum_concurrent_rpcs=MAX_CALLS)
 
 
@@ -89,7 +96,9 @@ def check_own_certificate(tls: TlsFiles, role: Role, name: str | None = None) ->
         raise InvalidRequest(
             f"{tls.certificate} is valid from {first} to {last}, and it is {now:%Y-%m-%d %H:%M:%S} UTC"
         )
-    shown = identities(_uris(certificate))
+    shown = certified(certificate)
+    if CertificateId.of(certificate) in Revocations(tls):
+        raise InvalidRequest(f"{tls.certificate} was revoked; `epmesh certs add --replace` makes another one")
     names = [identity.name for identity in shown if identity.role is role]
     if not names or (name is not None and name not in names):
         wanted = Identity(role, name or "")
@@ -100,10 +109,18 @@ def check_own_certificate(tls: TlsFiles, role: Role, name: str | None = None) ->
 
 def caller_of(context: Context) -> tuple[Identity, ...] | None:
     """Who calls, by its certificate; `None` where nothing authenticates callers: without TLS."""
-    shown = cast("dict[str, list[bytes]]", context.auth_context())
-    if b"ssl" not in shown.get("transport_security_type", ()):
-        return None
-    return identities(uri.decode(errors="replace") for uri in shown.get(_SAN_KEY, ()))
+    shown = _shown(context)
+    return None if shown is None else _identities(shown)
+
+
+def certificate_of(context: Context) -> CertificateId | None:
+    """The certificate that a caller shows; `None` where nothing authenticates callers: without TLS.
+
+    Raises:
+        Unauthenticated: it cannot be read.
+    """
+    shown = _shown(context)
+    return None if shown is None else _certificate(shown)
 
 
 def client_of(context: Context) -> str:
@@ -137,8 +154,12 @@ class _Configurations:
 class _Gate(grpc.aio.ServerInterceptor):
     """Lets a call through to its handler if it has the deadline it needs, and the caller's certificate may make it."""
 
-    def __init__(self, access: Access | None) -> None:
+    def __init__(self, access: Access | None, revocations: Revocations | None) -> None:
         self._access = access
+        self._revocations = revocations
+        self._open_calls: set[_OpenCall] = set()
+        if revocations is not None:
+            revocations.on_change(self._cut)
         self._gated: dict[str, _Handler] = {}
         self._calls = FairBudget(MAX_CALLS)
         self._refusals = RefusalLog(_log, "access.refused")
@@ -165,44 +186,39 @@ class _Gate(grpc.aio.ServerInterceptor):
         name = "_".join(kinds)
         behaviour = getattr(handler, name)
 
-        async def admit(context: Context) -> str:
+        async def admit(context: Context) -> _OpenCall:
             try:
                 return self._admit(method, context)
             except EpmeshError as error:
                 await abort(context, error)
 
-        # gRPC tells the two kinds of handlers apart, so a handler that writes by itself must stay one.
+        # A generator that is suspended as its client does not read could not say why its call is cut.
         if inspect.isasyncgenfunction(behaviour):
+            behaviour = _writer(behaviour)
 
-            async def generate(request: Any, context: Context) -> AsyncIterator[Any]:
-                client = await admit(context)
-                with self._open(client):
-                    async for response in behaviour(request, context):
-                        yield response
+        async def call(request: Any, context: Context) -> Any:
+            async with self._open(await admit(context), context):
+                return await behaviour(request, context)
 
-            gated: Any = generate
-        else:
-
-            async def call(request: Any, context: Context) -> Any:
-                client = await admit(context)
-                with self._open(client):
-                    return await behaviour(request, context)
-
-            gated = call
         make = getattr(grpc, f"{name}_rpc_method_handler")
-        return cast("_Handler", make(gated, handler.request_deserializer, handler.response_serializer))
+        return cast("_Handler", make(call, handler.request_deserializer, handler.response_serializer))
 
-    def _admit(self, method: str, context: Context) -> str:
-        """Whose call it is.
+    def _admit(self, method: str, context: Context) -> _OpenCall:
+        """The call, and whose it is.
 
         Raises:
             EpmeshError: it may not be made.
         """
-        caller = caller_of(context)
+        shown = _shown(context)
+        caller = None if shown is None else _identities(shown)
         client = _client(caller, context)
+        certificate = None
         try:
             if self._access is not None:
                 authorize(self._access, method, caller or ())
+            if shown is not None and self._revocations is not None:
+                certificate = _certificate(shown)
+                self._revocations.check(certificate, client)
         except Unauthenticated as error:
             self._refusals.note(client, f"{context.peer()}: {error}")
             raise
@@ -210,16 +226,75 @@ class _Gate(grpc.aio.ServerInterceptor):
         if not self._calls.fits(client, 1):
             open_calls = f"{self._calls.held_by(client)} of {self._calls.held} open calls are this client's"
             raise Overloaded(_RETRY_AFTER_S, f"{open_calls}; one more does not fit into its part of {MAX_CALLS}")
-        return client
+        return _OpenCall(client, certificate, asyncio.current_task())
 
-    @contextlib.contextmanager
-    def _open(self, client: str) -> Iterator[None]:
-        """Counts a call while it is open; right after `_admit`."""
-        self._calls.hold(client, 1)
+    @contextlib.asynccontextmanager
+    async def _open(self, call: _OpenCall, context: Context) -> AsyncIterator[None]:
+        """Counts a call while it is open, and ends it with the refusal if it is cut; right after `_admit`."""
+        self._calls.hold(call.client, 1)
+        self._open_calls.add(call)
         try:
             yield
+        except asyncio.CancelledError:
+            if call.refusal is not None and call.task is not None:
+                call.task.uncancel()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_ABORT_S):
+                        await abort(context, call.refusal)
+            raise
         finally:
-            self._calls.release(client, 1)
+            self._open_calls.discard(call)
+            self._calls.release(call.client, 1)
+
+    def _cut(self) -> None:
+        """Ends the open calls of certificates that are revoked now."""
+        assert self._revocations is not None
+        for call in list(self._open_calls):
+            if call.certificate is None or call.refusal is not None or call.certificate not in self._revocations:
+                continue
+            call.refusal = refusal(call.certificate, call.client)
+            self._refusals.note(call.client, f"an open call is ended: {call.refusal}")
+            if call.task is not None:
+                call.task.cancel()
+
+
+def _writer(generate: Callable[[Any, Context], AsyncGenerator[Any, None]]) -> Callable[[Any, Context], Awaitable[None]]:
+    """A handler that writes what `generate` yields."""
+
+    async def write(request: Any, context: Context) -> None:
+        async with contextlib.aclosing(generate(request, context)) as responses:
+            async for response in responses:
+                await context.write(response)
+
+    return write
+
+
+@dataclass(eq=False)
+class _OpenCall:
+    """One call that was let in.
+
+    Attributes:
+        refusal: why it is cut, if it is.
+    """
+
+    client: str
+    certificate: CertificateId | None
+    task: asyncio.Task[Any] | None
+    refusal: Unauthenticated | None = None
+
+
+def _shown(context: Context) -> _Shown | None:
+    """What gRPC knows of the caller's certificate; `None` without TLS."""
+    shown = cast("_Shown", context.auth_context())
+    return shown if b"ssl" in shown.get("transport_security_type", ()) else None
+
+
+def _identities(shown: _Shown) -> tuple[Identity, ...]:
+    return identities(uri.decode(errors="replace") for uri in shown.get(_SAN_KEY, ()))
+
+
+def _certificate(shown: _Shown) -> CertificateId:
+    return certificate_id(next(iter(shown.get(_PEM_KEY, ())), b""))
 
 
 def _client(caller: tuple[Identity, ...] | None, context: Context) -> str:
@@ -241,11 +316,3 @@ def _parse(tls: TlsFiles) -> x509.Certificate:
         return x509.load_pem_x509_certificates(tls.read().certificate)[0]
     except ValueError as exc:
         raise InvalidRequest(f"{tls.certificate} is no certificate: {exc}") from exc
-
-
-def _uris(certificate: x509.Certificate) -> list[str]:
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except (x509.ExtensionNotFound, ValueError):
-        return []
-    return names.value.get_values_for_type(x509.UniformResourceIdentifier)

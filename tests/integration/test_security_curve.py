@@ -16,6 +16,7 @@ from epmesh.curve import KeyPair
 from epmesh.errors import EpmeshError, from_rpc_error
 from epmesh.front import FrontClient, FrontPeer
 from epmesh.testing import LocalMesh
+from epmesh.tls import TlsFiles
 from epmesh.v1 import front_pb2, key_service_pb2, key_service_pb2_grpc
 from epmesh.view import RankInfo
 from tests.integration import curve_works
@@ -74,9 +75,9 @@ def front_of(mesh: LocalMesh, rank: int) -> tuple[RankInfo, FrontPeer]:
 class Lease:
     """A client's key and its lease at one node."""
 
-    def __init__(self, mesh: LocalMesh, address: str) -> None:
+    def __init__(self, mesh: LocalMesh, address: str, tls: TlsFiles | None = None) -> None:
         self.pair = KeyPair.generate()
-        self._channel = open_channel(address, tls=mesh.tls)
+        self._channel = open_channel(address, tls=tls or mesh.tls)
         self._stub = key_service_pb2_grpc.KeyServiceStub(self._channel)
 
     def take(self, key: bytes | None = None) -> None:

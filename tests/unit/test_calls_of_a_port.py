@@ -14,13 +14,15 @@ import pytest
 
 from epmesh.channels import open_aio_channel
 from epmesh.errors import EpmeshError, Overloaded, Unauthenticated, from_rpc_error
-from epmesh.tls import TlsFiles
+from epmesh.tls import REVOKED_NAME, TlsFiles
 from epmesh_server import secure_server
 from epmesh_server.access import NODE_ACCESS, Identity, Role
 from epmesh_server.certificates import Authority
 from epmesh_server.node.rpc import TCP_SERVER_OPTIONS
+from epmesh_server.revocation import Revocations, certificate_id
 
 SERVICE, WATCH, VIEW = "epmesh.v1.DiscoveryService", "WatchViews", "GetView"
+FLOOD, HOLD = "Flood", "Hold"  # streams whose client does not read, and whose handler is no generator
 DRIVERS_CALL = "/epmesh.v1.GroupService/CreateGroup"
 PATIENCE_S = 20.0
 MAX_CALLS = 10  # so one client alone gets eight
@@ -32,12 +34,21 @@ class Port:
     def __init__(self, authority: Authority, folder: Path, port: int) -> None:
         self._authority, self._folder, self._port = authority, folder, port
         self._channels: list[grpc.aio.Channel] = []
+        self._serials: dict[str, int] = {}
 
     def client(self, name: str) -> grpc.aio.Channel:
         """Another connection of the router `name`."""
         tls = self._authority.issue(self._folder / f"{name}-{len(self._channels)}", [Identity(Role.ROUTER, name)])
+        self._serials[name] = certificate_id(tls.certificate.read_bytes()).serial
         self._channels.append(open_aio_channel(f"127.0.0.1:{self._port}", tls=tls))
         return self._channels[-1]
+
+    def revoke(self, name: str) -> None:
+        """Puts the certificate that `client` made last for `name` into the list of the port."""
+        self._authority.revoke([self._serials[name]])
+        replaced = self._folder / "replaced.pem"
+        replaced.write_bytes(self._authority.list_path.read_bytes())
+        replaced.rename(self._folder / "node" / REVOKED_NAME)
 
     async def close(self) -> None:
         for channel in self._channels:
@@ -53,32 +64,47 @@ async def _watch(_request: bytes, _context: Any) -> AsyncIterator[bytes]:
     await asyncio.Event().wait()
 
 
+async def _flood(_request: bytes, _context: Any) -> AsyncIterator[bytes]:
+    while True:
+        yield bytes(1 << 20)
+
+
+async def _hold(_request: bytes, context: Any) -> None:
+    await context.write(b"first")
+    await asyncio.Event().wait()
+
+
 @contextlib.asynccontextmanager
 async def secured(folder: Path) -> AsyncIterator[Port]:
     authority = Authority.make(folder / "authority")
     tls: TlsFiles = authority.issue(folder / "node", [Identity(Role.NODE, "node-0")])
-    server = secure_server.make_server(TCP_SERVER_OPTIONS, tls, NODE_ACCESS)
+    revocations = Revocations(tls)
+    server = secure_server.make_server(TCP_SERVER_OPTIONS, NODE_ACCESS, revocations)
     methods: dict[str, Any] = {
         VIEW: grpc.unary_unary_rpc_method_handler(_view),
         WATCH: grpc.unary_stream_rpc_method_handler(_watch),
+        FLOOD: grpc.unary_stream_rpc_method_handler(_flood),
+        HOLD: grpc.unary_stream_rpc_method_handler(_hold),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
     groups: dict[str, Any] = {"CreateGroup": grpc.unary_unary_rpc_method_handler(_view)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("epmesh.v1.GroupService", groups),))
     port = Port(authority, folder, secure_server.add_port(server, "127.0.0.1:0", tls))
     await server.start()
+    watching = asyncio.create_task(revocations.watch())
     try:
         yield port
     finally:
+        watching.cancel()
         await port.close()
         await server.stop(0)
 
 
-async def watching(channel: Any) -> Any:
+async def watching(channel: Any, method: str = WATCH) -> Any:
     """An open stream, or the error that it ended with."""
-    call = channel.unary_stream(f"/{SERVICE}/{WATCH}")(b"")
+    call = channel.unary_stream(f"/{SERVICE}/{method}")(b"", timeout=None if method == WATCH else 10 * PATIENCE_S)
     try:
-        assert await asyncio.wait_for(call.read(), PATIENCE_S) == b"first"
+        assert await asyncio.wait_for(call.read(), PATIENCE_S)
     except grpc.aio.AioRpcError as error:
         return from_rpc_error(error, "the port")
     return call
@@ -155,3 +181,51 @@ def test_a_client_that_is_refused_again_and_again_does_not_fill_the_log(
     assert len(said) == 2
     assert "router 'a'" in said[0]
     assert "router 'b'" in said[1]
+
+
+async def ended(call: Any) -> EpmeshError:
+    """What an open stream ends with."""
+
+    async def read() -> None:
+        while await call.read() != grpc.aio.EOF:
+            pass
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await asyncio.wait_for(read(), PATIENCE_S)
+    return from_rpc_error(caught.value, "the port")
+
+
+@pytest.mark.parametrize("method", [WATCH, HOLD, FLOOD])
+def test_a_revoked_certificate_is_refused_and_its_open_streams_are_cut(run: Callable[..., None], method: str) -> None:
+    async def test(port: Port) -> None:
+        good, stolen = port.client("good"), port.client("stolen")
+        stays, ends = await watching(good), [await watching(stolen, method) for _ in range(3)]
+        port.revoke("stolen")
+        for call in ends:
+            error = await ended(call)
+            assert isinstance(error, Unauthenticated), error
+            assert "router 'stolen' was revoked" in str(error)
+        refused = await ask(stolen)
+        assert isinstance(refused, Unauthenticated)
+        assert "was revoked" in str(refused)
+        assert await ask(good) is None
+        assert not stays.done()
+        assert not isinstance(await watching(port.client("stolen")), EpmeshError)  # another certificate, same name
+
+    run(test)
+
+
+def test_cut_streams_make_room_again(run: Callable[..., None]) -> None:
+    async def test(port: Port) -> None:
+        stolen = port.client("stolen")
+        for _ in range(MAX_CALLS - 2):
+            assert not isinstance(await watching(stolen), EpmeshError)
+        port.revoke("stolen")
+        fresh = port.client("stolen")
+        async with asyncio.timeout(PATIENCE_S):
+            while isinstance(await ask(fresh), Overloaded):
+                pass
+        for _ in range(MAX_CALLS - 2):
+            await watching_in_time(fresh)
+
+    run(test)

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from epmesh.errors import InvalidRequest
+from epmesh.tls import REVOKED_NAME
 from epmesh_server.access import CLIENT_ROLES, Identity, Role
 from epmesh_server.certificates import CA_KEY_NAME, DEFAULT_DAYS, Authority, directory_name
 
@@ -69,6 +70,54 @@ def add(
         roles = ", ".join(f"--{role.value}" for role in (Role.COORDINATOR, Role.NODE, *CLIENT_ROLES))
         raise InvalidRequest(f"say for whom: {roles}")
     _issue(Authority.load(directory), wanted, days, replace=replace)
+
+
+@app.command()
+def revoke(
+    directory: DirectoryArgument,
+    node: NodeOption = None,
+    driver: DriverOption = None,
+    router: RouterOption = None,
+    observer: ObserverOption = None,
+    coordinator: Annotated[bool, typer.Option("--coordinator", help="The coordinators'.")] = False,
+    replaced: Annotated[
+        bool, typer.Option("--replaced", help="Only those before the present one, which stays good.")
+    ] = False,
+    serial: Annotated[
+        list[str] | None, typer.Option(help="Hexadecimal, as logs and `openssl x509 -serial` have it; repeat for more.")
+    ] = None,
+) -> None:
+    """Revoke certificates that the authority made: all of those named, or by serial number."""
+    authority = Authority.load(directory)
+    named = _named(node, driver, router, observer)
+    if coordinator:
+        named.append(Identity(Role.COORDINATOR))
+    serials = {_number(text): "by its number" for text in serial or ()}
+    for identity in named:
+        found = authority.issued_to(identity, replaced=replaced)
+        serials |= {each.serial_number: f"{identity}, until {each.not_valid_after_utc:%Y-%m-%d}" for each in found}
+        if not found:
+            kept = "none was replaced" if replaced else f"{directory} knows none that is not over"
+            raise InvalidRequest(f"no certificate of {identity} to revoke: {kept}; --serial revokes any other")
+    if not serials:
+        raise InvalidRequest("say which: --serial, --coordinator, or the name of a node, driver, router or observer")
+    places = authority.revoke(serials)
+    console = Console(soft_wrap=True, highlight=False)
+    for number, what in serials.items():
+        console.print(f"{number:X}: {what}")
+    console.print(f"{places[0]} has them; put it beside tls.crt of every coordinator and node, as {REVOKED_NAME}:")
+    for place in places[1:]:
+        console.print(f"  {place}")
+
+
+def _number(text: str) -> int:
+    try:
+        number = int(text.removeprefix("serial=").replace(":", ""), 16)
+    except ValueError:
+        number = 0
+    if not 0 < number < 1 << 159:  # as X.509 has it, and the library
+        raise InvalidRequest(f"serial number {text!r} is none; give hexadecimal digits")
+    return number
 
 
 def _named(*names_by_role: list[str] | None) -> list[Identity]:

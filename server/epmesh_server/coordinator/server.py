@@ -28,6 +28,7 @@ from epmesh_server.coordinator.settings import CoordinatorSettings
 from epmesh_server.exposure import warn_if_exposed
 from epmesh_server.membership import Membership, MeshCreated, Snapshot
 from epmesh_server.metrics_server import maybe_metrics
+from epmesh_server.revocation import Revocations
 from epmesh_server.secure_server import add_port, check_own_certificate, make_server
 
 HEALTH_NAMES = ("", "epmesh.coordinator")
@@ -136,17 +137,21 @@ async def open_coordinator(settings: CoordinatorSettings, store: Store | None = 
         snapshot = load_mesh(held, settings.stride)
         machine = Membership(settings.membership, snapshot, time.monotonic())
         engine = Engine(machine, held)
-        server = make_server(_OPTIONS, settings.tls, COORDINATOR_ACCESS)
+        revocations = None if settings.tls is None else Revocations(settings.tls)
+        server = make_server(_OPTIONS, COORDINATOR_ACCESS, revocations)
         server.add_generic_rpc_handlers(tuple(Services(engine, settings, snapshot.mesh_id).handlers()))
         service = await _add_health(server)
         port = bind(server, settings)
         await server.start()
         _log.info("coordinator.started at %s, mesh %s", settings.address(port), snapshot.mesh_id)
         collector = CoordinatorCollector(machine, engine.counters, lambda: held.num_bytes, time.monotonic)
+        watching = None if revocations is None else asyncio.create_task(revocations.watch())
         try:
             async with maybe_metrics(settings.host, settings.metrics_port, collector.registry()) as metrics:
                 yield Coordinator(engine, settings.address(port), port, metrics)
         finally:
+            if watching is not None:
+                watching.cancel()
             await asyncio.shield(_stop(server, service))
     finally:
         held.close()

@@ -10,13 +10,14 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 from epmesh.curve import check_key
 from epmesh.errors import Overloaded, Unauthenticated
 from epmesh.v1 import rank_service_pb2
 from epmesh_server.curve_users import ClientUser, printable
+from epmesh_server.revocation import CertificateId
 
 LEASE_S = 30.0
 MAX_LEASES, MAX_LEASES_A_CLIENT = 8192, 1024
@@ -25,10 +26,11 @@ _RETRY_AFTER_S = 1.0
 
 @dataclass
 class _Lease:
-    """One key's lease; the owner of `user` is who may renew and release it."""
+    """One key's lease; the owner of `user` is who may renew and release it, `certificate` what that showed last."""
 
     user: ClientUser
     until: float
+    certificate: CertificateId | None
 
 
 class ClientKeyTable:
@@ -48,8 +50,11 @@ class ClientKeyTable:
     def __len__(self) -> int:
         return len(self._by_key)
 
-    def lease(self, key: bytes, name: str, owner: str) -> None:
+    def lease(self, key: bytes, name: str, owner: str, certificate: CertificateId | None = None) -> None:
         """Begins or renews a lease.
+
+        Args:
+            certificate: the lease ends with it, should it be revoked.
 
         Raises:
             InvalidRequest: the key is none.
@@ -65,10 +70,10 @@ class ClientKeyTable:
         if known is None:
             self._check_room(owner)
             self._newest = next(self._numbers)
-            known = _Lease(ClientUser(self._newest, owner, printable(name)), 0.0)
+            known = _Lease(ClientUser(self._newest, owner, printable(name)), 0.0, certificate)
             self._by_owner[owner] += 1
             self._notify()
-        known.until = self._clock() + self.lease_s
+        known.until, known.certificate = self._clock() + self.lease_s, certificate
         self._by_key[key] = known
 
     def release(self, key: bytes, owner: str) -> None:
@@ -76,6 +81,14 @@ class ClientKeyTable:
         known = self._by_key.get(key)
         if known is not None and known.user.owner == owner:
             self._end(key)
+            self._notify()
+
+    def end_revoked(self, revoked: Container[CertificateId]) -> None:
+        """Ends the leases that were last renewed with a certificate among `revoked`."""
+        ended = [key for key, lease in self._by_key.items() if lease.certificate in revoked]
+        for key in ended:
+            self._end(key)
+        if ended:
             self._notify()
 
     def users(self, key: bytes) -> Mapping[bytes, str]:

@@ -13,7 +13,7 @@ from epmesh.v1 import key_service_pb2 as wire
 from epmesh.v1 import key_service_pb2_grpc
 from epmesh_server.access import name_of
 from epmesh_server.node.client_keys import ClientKeyTable
-from epmesh_server.secure_server import caller_of
+from epmesh_server.secure_server import caller_of, certificate_of
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -38,7 +38,7 @@ class KeyService(key_service_pb2_grpc.KeyServiceServicer):
                 raise InvalidRequest("the ranks of this node do not use CURVE; connect to them in the clear")
             if self._taken(request.public_key):
                 raise Unauthenticated("this key is a member's of the mesh; make a key pair of your own")
-            self._table.lease(request.public_key, request.name or "unnamed", owner_of(context))
+            self._table.lease(request.public_key, request.name or "unnamed", owner_of(context), certificate_of(context))
         except EpmeshError as exc:
             await abort(context, exc)
         return wire.LeaseKeyResponse(lease_s=self._table.lease_s)

@@ -9,6 +9,7 @@ import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -60,6 +61,7 @@ from epmesh_server.node.runtime_dir import DESCRIPTOR_SOCKET, GRPC_SOCKET, ZAP_S
 from epmesh_server.node.settings import NodeSettings
 from epmesh_server.node.store import KeyValueStore, Store
 from epmesh_server.node.views import Discovery, ViewBoard
+from epmesh_server.revocation import Revocations
 from epmesh_server.secure_server import add_port, check_own_certificate, make_server
 
 _log = logging.getLogger(__name__)
@@ -113,6 +115,9 @@ class Node:
         self._enrolment.on_first = lambda first: on_registered(first, f"{UNIX_PREFIX}{directory / GRPC_SOCKET}")
         self._pair = KeyPair.generate() if settings.curve else None
         self._client_keys = ClientKeyTable()
+        self._revocations = None if settings.tls is None else Revocations(settings.tls)
+        if self._revocations is not None:
+            self._revocations.on_change(partial(self._client_keys.end_revoked, self._revocations))
         self._table = RankTable(curve=settings.curve)
         self._store = KeyValueStore()
         self._pool = BufferPool(settings.region_bytes)
@@ -187,7 +192,9 @@ class Node:
         following = asyncio.create_task(self._link.run(self._present))
         stopped = asyncio.create_task(stop.wait())
         serving = asyncio.create_task(self._report_health())
-        tasks = (following, stopped, serving, expiring)
+        tasks = [following, stopped, serving, expiring]
+        if self._revocations is not None:
+            tasks.append(asyncio.create_task(self._revocations.watch()))
         try:
             await asyncio.wait((following, stopped), return_when=asyncio.FIRST_COMPLETED)
             if following.done():
@@ -241,7 +248,7 @@ class Node:
     async def _listen_tcp(self) -> str:
         settings = self._settings
         warn_if_exposed("node service", settings.host, settings.tls)
-        server = make_server(TCP_SERVER_OPTIONS, settings.tls, NODE_ACCESS)
+        server = make_server(TCP_SERVER_OPTIONS, NODE_ACCESS, self._revocations)
         self._add_services(server, RankService(self.describe, None, self._board))
         port = _bind(server, join_address(settings.host, settings.port), settings.tls)
         bound = join_address(settings.host, port)
