@@ -16,7 +16,7 @@ import grpc
 from epmesh import errors
 from epmesh.channels import NodeAddress, RenewedChannel
 from epmesh.curve import KeyPair
-from epmesh.errors import EpmeshError
+from epmesh.errors import EpmeshError, Overloaded
 from epmesh.tls import TlsFiles
 from epmesh.v1 import key_service_pb2, key_service_pb2_grpc
 
@@ -52,7 +52,8 @@ class _Lease:
             granted = done.result()
         except grpc.RpcError as exc:
             self.error = errors.from_rpc_error(exc, f"LeaseKey at {self.address}")
-            self.due = time.monotonic() + _RETRY_S
+            after_s = self.error.retry_after_s if isinstance(self.error, Overloaded) else 0.0
+            self.due = time.monotonic() + max(_RETRY_S, after_s)
         except grpc.FutureCancelledError:  # the client was closed
             pass
         else:

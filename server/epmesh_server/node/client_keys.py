@@ -18,9 +18,12 @@ from epmesh.errors import Overloaded, Unauthenticated
 from epmesh.v1 import rank_service_pb2
 from epmesh_server.curve_users import ClientUser, printable
 from epmesh_server.revocation import CertificateId
+from epmesh_server.token_bucket import TokenBuckets
 
 LEASE_S = 30.0
 MAX_LEASES, MAX_LEASES_A_CLIENT = 8192, 1024
+NEW_LEASES_A_SECOND = 16.0
+"""Of one client, after as many at once as it may have: every rank of the node hears of each."""
 _RETRY_AFTER_S = 1.0
 
 
@@ -45,6 +48,7 @@ class ClientKeyTable:
         self._newest = 0
         self._by_key: dict[bytes, _Lease] = {}  # ascending by end: renewing puts a lease at the end
         self._by_owner: Counter[str] = Counter()
+        self._new = TokenBuckets(NEW_LEASES_A_SECOND, MAX_LEASES_A_CLIENT)
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
@@ -59,7 +63,7 @@ class ClientKeyTable:
         Raises:
             InvalidRequest: the key is none.
             Unauthenticated: somebody else leased it.
-            Overloaded: there are too many, of this owner or in all.
+            Overloaded: there are too many, of this owner or in all, or the owner begins too many in a short time.
         """
         check_key(key)
         self.end_late()
@@ -133,6 +137,9 @@ class ClientKeyTable:
             raise Overloaded(
                 _RETRY_AFTER_S, f"{owner} has {self._by_owner[owner]} keys leased here; close clients it does not need"
             )
+        wait_s = self._new.take(owner, self._clock())
+        if wait_s:
+            raise Overloaded(wait_s, f"{owner} leases new keys too often here; keep clients and their keys")
 
     def _end(self, key: bytes) -> None:
         lease = self._by_key.pop(key)
