@@ -230,8 +230,9 @@ async def coordinator(data_dir: Path, *, batch_window_s: float | None = None, **
     stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
     settings = CoordinatorSettings(**{"data_dir": data_dir, "port": 0, **changed})
     if batch_window_s is not None:
-        windows = {"batch_window_s": batch_window_s, "max_batch_window_s": 4 * batch_window_s}
-        object.__setattr__(settings, "membership", replace(settings.membership, **windows))
+        longest_s = 4 * batch_window_s
+        membership = replace(settings.membership, batch_window_s=batch_window_s, max_batch_window_s=longest_s)
+        object.__setattr__(settings, "membership", membership)
     task = asyncio.create_task(run_coordinator(settings, stop, ready.set_result))
     await asyncio.wait((task, ready), return_when=asyncio.FIRST_COMPLETED, timeout=TIMEOUT_S)
     if task.done():
