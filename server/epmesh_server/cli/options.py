@@ -11,6 +11,7 @@ import typer
 from epmesh.errors import InvalidRequest
 from epmesh_server.cli.logs import LogLevel
 
+DEFAULT_DATA_DIR = "$XDG_STATE_HOME/epmesh/coordinator-PORT"
 TokenOption = Annotated[
     Path | None,
     typer.Option(
