@@ -74,10 +74,10 @@ def by_mutation(target: Target, seconds: float, seed: int) -> int:
         call(target, data)
     before, ends = _resident_bytes(), time.monotonic() + seconds
     for count, data in enumerate(_mutations(known, source), start=1):
-        began = time.monotonic()
+        began = time.process_time()  # what other processes take of a busy machine is no input's fault
         try:
             call(target, data)
-            assert time.monotonic() - began < SLOWEST_S, f"one input took {time.monotonic() - began:.1f} s"
+            assert time.process_time() - began < SLOWEST_S, f"one input took {time.process_time() - began:.1f} s"
             assert _resident_bytes() - before < MAX_GROWTH_BYTES, "memory grew without bound"
         except Exception:
             keep(target, data)
