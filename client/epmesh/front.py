@@ -40,6 +40,8 @@ _log = logging.getLogger(__name__)
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 200, 600
 HANDSHAKE_MS = 5000  # who connects and does not shake hands is cut off; ZeroMQ's own is 30 s
 MAX_FRAME_BYTES = 1 << 32
+OnAnswer = Callable[[front_pb2.FrontResponse], None]
+
 INLINE = -1  # in `places`: the tensor is a frame of the message
 _CONNECT_WITHIN_S = 1.5
 MAX_TIMEOUT_S = 3600.0
@@ -138,6 +140,7 @@ class FrontClient:
         tensors: Sequence[Buffer] = (),
         *,
         timeout_s: float,
+        on_answer: OnAnswer | None = None,
     ) -> Future[FrontReply]:
         """Sends a request and returns at once.
 
@@ -146,6 +149,9 @@ class FrontClient:
             tensors: the bytes of those of ``request.tensors`` that travel as frames; they must not change before the
                 answer.
             timeout_s: how long an answer is waited for.
+            on_answer: called at most once, on this client's thread and before the future is done, when the rank has
+                answered, however long ago the request was given up; with an empty answer where it never left. Not where
+                the connection broke: the rank may be at it still.
 
         Returns:
             A future of the answer. It fails with the typed error that came back, with `DeadlineExceeded`, with
@@ -153,7 +159,7 @@ class FrontClient:
             and with `MeshUnavailable` after `close`. Its ``cancel()`` tells the rank to give the request up.
         """
         check_timeout(timeout_s, "timeout_s")
-        return self._core.call(peer, request, tensors, timeout_s)
+        return self._core.call(peer, request, tensors, timeout_s, on_answer)
 
     def close(self) -> None:
         """Fails what is pending, and ends the thread; idempotent."""
@@ -168,6 +174,7 @@ class _Pending:
     peer: FrontPeer
     future: Future[FrontReply]
     deadline: float
+    on_answer: OnAnswer | None
     frames: list[Buffer] = field(default_factory=list)
 
 
@@ -178,6 +185,7 @@ class _Connection:
         self.peer = peer
         self.refused = False  # whether the front does not admit our key
         self.pending: dict[int, _Pending] = {}
+        self.given_up: dict[int, OnAnswer] = {}  # requests that nobody waits for, but for the rank's being done with it
         self.up_by: float | None = time.monotonic() + _CONNECT_WITHIN_S  # None once hands were shaken
         self.socket = context.socket(zmq.DEALER)
         try:
@@ -234,13 +242,18 @@ class _Core:
         self._ending = False
 
     def call(
-        self, peer: FrontPeer, request: front_pb2.FrontRequest, tensors: Sequence[Buffer], timeout_s: float
+        self,
+        peer: FrontPeer,
+        request: front_pb2.FrontRequest,
+        tensors: Sequence[Buffer],
+        timeout_s: float,
+        on_answer: OnAnswer | None,
     ) -> Future[FrontReply]:
         future: Future[FrontReply] = Future()
         number = next(self._numbers)
         request.mesh_id, request.rank, request.incarnation = self._mesh_id, peer.rank, peer.incarnation
         request.request_id, request.deadline_ms = number, max(1, int(timeout_s * 1000))
-        pending = _Pending(number, peer, future, time.monotonic() + timeout_s)
+        pending = _Pending(number, peer, future, time.monotonic() + timeout_s, on_answer)
         pending.frames = [request.SerializeToString(), *tensors]
         # By number: a callback that held `pending` would keep future and answer until the next garbage collection.
         future.add_done_callback(lambda done: self._cancel(peer, number) if done.cancelled() else None)
@@ -324,6 +337,7 @@ class _Core:
 
     def _send(self, pending: _Pending) -> None:
         if pending.future.cancelled():
+            _never_left(pending)
             return
         if self._ending:
             _fail(pending.future, MeshUnavailable("this client was closed"))
@@ -332,10 +346,12 @@ class _Core:
             connection = self._connections.get(pending.peer) or self._connect(pending.peer)
             connection.socket.send_multipart(pending.frames, flags=zmq.NOBLOCK, copy=False)
         except EpmeshError as exc:
+            _never_left(pending)
             _fail(pending.future, exc)
             return
         except zmq.ZMQError as exc:  # no descriptors are left, say: this request's trouble, not the thread's
             rank = pending.peer.rank
+            _never_left(pending)
             _fail(pending.future, MeshUnavailable(f"no connection to rank {rank} from here: {exc}; see `ulimit -n`"))
             return
         pending.frames = []  # ZeroMQ holds them for as long as it needs them
@@ -397,6 +413,9 @@ class _Core:
             _log.warning("rank %d answered with garbage: %s", connection.peer.rank, exc)
             return
         pending = connection.pending.pop(response.request_id, None)
+        on_answer = pending.on_answer if pending is not None else connection.given_up.pop(response.request_id, None)
+        if on_answer is not None:
+            on_answer(response)
         if pending is None:
             return  # given up before
         if response.HasField("error"):
@@ -416,8 +435,11 @@ class _Core:
     def _give_up(self, peer: FrontPeer, number: int) -> None:
         """Forgets a request and tells its rank, if it was sent."""
         connection = self._connections.get(peer)
-        if connection is None or connection.pending.pop(number, None) is None:
+        pending = connection.pending.pop(number, None) if connection is not None else None
+        if connection is None or pending is None:
             return
+        if pending.on_answer is not None:
+            connection.given_up[number] = pending.on_answer
         cancel = front_pb2.CancelRequest(request_id=number)
         request = front_pb2.FrontRequest(
             mesh_id=self._mesh_id,
@@ -466,6 +488,11 @@ def _parse(frame: Buffer) -> front_pb2.FrontResponse:
         return front_pb2.FrontResponse.FromString(bytes(frame))
     except DecodeError as exc:
         raise InvalidRequest("the first frame is no FrontResponse") from exc
+
+
+def _never_left(pending: _Pending) -> None:
+    if pending.on_answer is not None:
+        pending.on_answer(front_pb2.FrontResponse())
 
 
 def _fail(future: Future[FrontReply], error: EpmeshError) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from epmesh import InvalidRequest, StaleEpoch
+from epmesh import DeadlineExceeded, InvalidRequest, StaleEpoch
 from epmesh.testing import LocalMesh
 from epmesh.v1 import front_pb2
 from epmesh_server.ranks.tensors import from_bytes
@@ -151,3 +151,22 @@ def test_shares_in_memory_that_a_neighbour_cannot_map_any_more_are_sent_again_as
                 torch.testing.assert_close(got.double(), reference(None, *rows), rtol=1e-5, atol=1e-5)
         (tmp_path / "stop").touch()
         assert [stats.failures for stats in done.result(30)] == [0, 1]  # the first try counts at the neighbour
+
+
+def test_memory_of_shares_that_were_given_up_comes_back_once_the_neighbour_is_done(tmp_path: Path) -> None:
+    (tmp_path / "hold").touch()
+    with LocalMesh(1, 2, num_experts=EXPERTS) as mesh:
+        done = mesh.start(serve_works.serve_held_and_count, tmp_path, 1)
+        with closing(PlainRouter(wait_serving(mesh.view, [0, 1]))) as router:
+            rows = some_rows(50, EXPERTS, 3, 1)
+            given_up = [call for _ in range(6) for call in router.start(*rows, timeout_s=0.5, entry=0)]
+            for call in given_up[:3]:
+                call.reply.cancel()  # one is being computed, others wait
+            for call in given_up[3:]:
+                with pytest.raises(DeadlineExceeded):
+                    call.reply.result(20)
+            (tmp_path / "hold").unlink()
+            got = router.forward(*rows, entry=0)  # its shares come after those in every queue
+            torch.testing.assert_close(got.double(), reference(None, *rows), rtol=1e-5, atol=1e-5)
+        (tmp_path / "stop").touch()
+        assert done.result(30) == [0, 0]

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ import zmq
 from epmesh import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, NotReady, Overloaded, PeerLost
 from epmesh.errors import StaleEpoch
 from epmesh.frames import tensor_meta
-from epmesh.front import FrontClient, FrontPeer
-from epmesh.v1 import front_pb2
+from epmesh.front import FrontClient, FrontPeer, FrontReply
+from epmesh.v1 import error_pb2, front_pb2
 from epmesh_server.ranks.front import _REQUESTS_A_TURN, UNREAD_PART, Front, Incoming
 from tests.processes import eventually
 
@@ -65,6 +66,48 @@ def test_an_answer_brings_the_tensors_of_its_own_request(front: Front, client: F
     for n, future in enumerate(futures, 1):
         assert [bytes(t) for t in future.result(5).tensors] == [b"a" * n, b""]
     assert front.open_requests == 0
+
+
+def test_a_caller_hears_that_the_rank_is_done_with_what_was_given_up(front: Front, client: FrontClient) -> None:
+    waiting: queue.Queue[Incoming] = queue.Queue()
+    front.handle(waiting.put)
+    told: queue.Queue[tuple[str, int]] = queue.Queue()
+
+    def call(name: str, timeout_s: float = 5.0) -> Future[FrontReply]:
+        return client.call(
+            peer(front), rows(), timeout_s=timeout_s, on_answer=lambda answer: told.put((name, answer.error.code))
+        )
+
+    calls = {name: call(name, timeout_s) for name, timeout_s in (("waited", 5.0), ("cancelled", 5.0), ("late", 0.05))}
+    taken = [waiting.get(timeout=5) for _ in calls]
+    assert calls["cancelled"].cancel()
+    with pytest.raises(DeadlineExceeded):
+        calls["late"].result(5)
+    assert eventually(lambda: taken[1].cancelled)
+    assert told.empty()
+    for incoming in reversed(taken):
+        incoming.refuse(Overloaded(0.1)) if incoming is taken[2] else incoming.answer()
+    assert [told.get(timeout=5) for _ in calls] == [
+        ("late", error_pb2.ERROR_CODE_OVERLOADED),
+        ("cancelled", 0),
+        ("waited", 0),
+    ]
+    calls["waited"].result(5)
+
+
+def test_a_request_that_never_left_counts_as_answered_and_one_whose_connection_broke_does_not(front: Front) -> None:
+    told: list[int] = []
+    front.handle(lambda _: None)
+    client = FrontClient(MESH)
+    nowhere = peer(front, endpoint="nowhere")
+    with pytest.raises(InvalidRequest):
+        client.call(nowhere, rows(), timeout_s=5, on_answer=lambda _: told.append(1)).result(5)
+    assert told == [1]
+    left = client.call(peer(front), rows(), timeout_s=5, on_answer=lambda _: told.append(2))
+    assert eventually(lambda: front.open_requests == 1)
+    client.close()
+    assert isinstance(left.exception(5), MeshUnavailable)
+    assert told == [1]
 
 
 def test_answers_may_come_from_any_thread_and_in_any_order(front: Front, client: FrontClient) -> None:

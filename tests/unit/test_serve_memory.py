@@ -54,14 +54,14 @@ def test_a_slab_that_is_not_given_back_is_never_given_out_again() -> None:
     assert memory.take(1) is None
 
 
-def test_a_lost_slab_keeps_no_pages_and_may_still_be_written_to() -> None:
+def test_a_slab_that_is_of_no_use_keeps_no_pages_and_may_still_be_written_to() -> None:
     memfd = sealed_memfd("test", SECTION)
     memory = ServeMemory(5, 4, [4], SECTION, os.dup(memfd))
     slab = memory.take(SECTION // 2)
     assert slab is not None
     slab.data[:] = 1
     before = os.fstat(memfd).st_blocks
-    slab.lose()
+    slab.discard()
     assert os.fstat(memfd).st_blocks < before / 4
     slab.data[:] = 2
     after = memory.take(SECTION // 2)

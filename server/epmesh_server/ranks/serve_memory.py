@@ -1,9 +1,9 @@
 """The memory that the serving ranks of one node share: a section a rank, in which it hands shares to its neighbours.
 
 The section's owner alone decides what is where: it takes a slab for a share, writes the rows, and names the slab to a
-neighbour, which writes the results. A slab is used again only if the neighbour answered: one that died, was late or was
-told to stop may still write. Every membership has memory of its own, so what such a neighbour writes later goes where
-nobody looks.
+neighbour, which writes the results. A slab is used again once the neighbour has answered: one that was late or told to
+stop may still write, and answers when it is done. One that died, or whose connection broke, never does; but every
+membership has memory of its own, so what such a neighbour writes later goes where nobody looks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Slabs:
 
     @property
     def taken_bytes(self) -> int:
-        """Bytes given out, the lost ones included."""
+        """Bytes given out, those included that no answer will come for."""
         return sum(self._taken.values())
 
     def take(self, size: int) -> int | None:
@@ -83,8 +83,8 @@ class Slab:
         """Lets it be used again; not if the neighbour may still write to it."""
         self.memory.slabs.give_back(self.start)
 
-    def lose(self) -> None:
-        """Never uses it again: the neighbour may still write to it. Its pages need not be kept for that."""
+    def discard(self) -> None:
+        """Nobody needs what is in it, but the neighbour may still write to it. Its pages need not be kept for that."""
         self.memory.discard(self.start, len(self.data))
 
 

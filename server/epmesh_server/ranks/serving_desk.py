@@ -32,8 +32,8 @@ from epmesh_server.ranks.serving_request import (
     RouterRequest,
     blamed,
     give_up_at,
+    is_done,
     result_room,
-    wrote_last,
 )
 from epmesh_server.ranks.serving_rows import Bytes, Holders, RouterRows, Rows, parse_router_rows, parse_rows
 from epmesh_server.ranks.session import RankSession
@@ -242,7 +242,12 @@ class Desk:
         info = request.view.ranks[rank]
         peer = FrontPeer(rank, info.incarnation, info.front_endpoint, info.curve_key)
         timeout_s = max(request.deadline - time.monotonic(), 0.001)
-        answer = self._caller(request.view).call(peer, message, frames, timeout_s=timeout_s)
+
+        def on_answer(response: front_pb2.FrontResponse) -> None:
+            if is_done(response):
+                self._post(share.neighbour_is_done)
+
+        answer = self._caller(request.view).call(peer, message, frames, timeout_s=timeout_s, on_answer=on_answer)
         share = NeighbourShare(rank, info.incarnation, index, slab, result_at, answer)
         request.neighbours.append(share)
         answer.add_done_callback(lambda _: self._post(lambda: self._take_answer(request, share)))
@@ -283,7 +288,6 @@ class Desk:
         if share.answer.cancelled():
             return
         error = share.answer.exception()
-        share.answered = wrote_last(error)
         if request.over:
             share.release()
             return
@@ -339,8 +343,8 @@ class Desk:
         request.over = True
         self._requests.discard(request)
         for share in request.neighbours:
-            if not share.answer.cancel():  # which tells the neighbour; but it answered before
-                share.answered = wrote_last(share.answer.exception())
+            if not share.answer.cancel() and share.answer.exception() is None:  # `neighbour_is_done` may wait for us
+                share.answered = True
             share.release()
 
     # Neighbours' shares ----------------------------------------------------------------------------------------
@@ -362,11 +366,16 @@ class Desk:
             _answer_share(incoming, memory, outcome)
 
         self._queue.put(QueuedShare(rows, incoming.deadline, lambda: incoming.cancelled, deliver, incoming.client))
-        incoming.on_cancel(lambda: self._post(lambda: self._forget(incoming)))
+        # Where results may be on their way into memory, the answer is what says that they are not: `deliver` gives it.
+        forget = self._count_cancelled if memory is not None else functools.partial(self._forget, incoming)
+        incoming.on_cancel(lambda: self._post(forget))
+
+    def _count_cancelled(self) -> None:
+        self._stats.cancelled += 1
 
     def _forget(self, incoming: Incoming) -> None:
         """A request is given up."""
-        self._stats.cancelled += 1
+        self._count_cancelled()
         incoming.refuse(DeadlineExceeded(self._me))  # nobody hears it; the front forgets the request
 
     def _share_rows(self, incoming: Incoming, memory: ServeMemory | None) -> Rows:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 
 from epmesh.errors import (
-    DeadlineExceeded,
     EpmeshError,
     InvalidRequest,
     MeshUnavailable,
     NotReady,
     PeerLost,
+    from_proto,
 )
 from epmesh.frames import num_bytes
 from epmesh.front import INLINE, FrontReply
@@ -38,7 +38,9 @@ class NeighbourShare:
         slab: where rows and results are; `None` where they travel as frames.
         result_at: where the results start in the slab.
         answer: of the neighbour.
-        answered: whether it came, so that the neighbour writes no more.
+        answered: whether the neighbour said that it is done, so that it writes no more; an answer that was given up
+            may be long in coming.
+        released: whether the slab is of no use here any more.
     """
 
     rank: int
@@ -48,12 +50,24 @@ class NeighbourShare:
     result_at: int
     answer: Future[FrontReply]
     answered: bool = False
+    released: bool = False
 
     def release(self) -> None:
-        """Lets the slab be used again if the neighbour writes no more, and never again if it may; idempotent."""
-        slab, self.slab = self.slab, None
-        if slab is not None:
-            slab.give_back() if self.answered else slab.lose()
+        """Lets the slab be used again as soon as the neighbour writes no more; idempotent."""
+        if self.slab is not None and not self.answered and not self.released:
+            self.slab.discard()
+        self.released = True
+        self._give_back()
+
+    def neighbour_is_done(self) -> None:
+        """The neighbour answered, whatever it said."""
+        self.answered = True
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self.slab is not None and self.answered and self.released:
+            self.slab.give_back()
+            self.slab = None
 
     def results(self, reply: FrontReply) -> torch.Tensor:
         """What the neighbour computed, ``[rows, width]``, in the slab or a frame.
@@ -68,7 +82,7 @@ class NeighbourShare:
         dtype, shape = dtype_from_name(metas[0].dtype), tuple(metas[0].shape)
         if not places or places[0] == INLINE:
             return from_bytes(reply.tensors[0], dtype, shape)
-        if self.slab is None or places[0] != self.slab.start + self.result_at:
+        if self.slab is None or self.released or places[0] != self.slab.start + self.result_at:
             raise InvalidRequest(f"rank {self.rank} put its results at {places[0]}, where they have no place")
         room = self.slab.data[self.result_at :]
         if num_bytes(metas[0]) > len(room):
@@ -144,9 +158,9 @@ def blamed(error: EpmeshError, rank: int, epoch: int) -> EpmeshError:
     return error
 
 
-def wrote_last(error: BaseException | None) -> bool:
-    """Whether a neighbour whose call ended like this writes no more: it answered, rather than being given up."""
-    return not isinstance(error, PeerLost | MeshUnavailable | DeadlineExceeded)
+def is_done(answer: front_pb2.FrontResponse) -> bool:
+    """Whether a neighbour that answered this writes no more: one that leaves refuses what it may still be at."""
+    return not answer.HasField("error") or not isinstance(from_proto(answer.error), MeshUnavailable)
 
 
 def result_room(hidden_dtype_bytes: int, rows: int, hidden: int) -> int:
