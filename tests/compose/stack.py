@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+T = TypeVar("T")
 COMPOSE_FILE = Path(__file__).parents[2] / "docker" / "compose.yaml"
 ETCD_FILE = COMPOSE_FILE.with_name("etcd.env")
 PROMPT, NUM_TOKENS = "And it came to pass", 24
@@ -42,12 +43,13 @@ def run(*command: str, environment: dict[str, str] | None = None, within_s: floa
     return done.stdout
 
 
-def wait_until(holds: Callable[[], bool], what: str, within_s: float = _READY_S) -> None:
-    """Asks again and again until `holds`."""
+def wait_until(holds: Callable[[], T], what: str, within_s: float = _READY_S) -> T:
+    """Asks again and again until it holds; returns the answer."""
     deadline = time.monotonic() + within_s
-    while not holds():
+    while not (answer := holds()):
         assert time.monotonic() < deadline, f"not within {within_s:g} s: {what}"
         time.sleep(0.2)
+    return answer
 
 
 @dataclass

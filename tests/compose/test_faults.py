@@ -16,40 +16,40 @@ PROMETHEUS = COMPOSE_FILE.with_name("prometheus.yml")
 TARGETS = re.findall(r'"([a-z0-9-]+:\d+)"', PROMETHEUS.read_text())
 
 
-def test_the_text_is_that_of_one_process(whole: Stack, text: str) -> None:
-    assert generate(whole.url()) == text
+def test_the_text_is_that_of_one_process(stack: Stack, text: str) -> None:
+    assert generate(stack.url()) == text
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.split(":")[0] in MESH])
-def test_every_target_of_prometheus_has_figures(whole: Stack, target: str) -> None:
+def test_every_target_of_prometheus_has_figures(stack: Stack, target: str) -> None:
     fetch = f"import urllib.request as r; print(r.urlopen('http://{target}/metrics', timeout=5).read().decode())"
-    figures = whole.docker("exec", whole.container("router"), "python3", "-c", fetch)
+    figures = stack.docker("exec", stack.container("router"), "python3", "-c", fetch)
     assert re.search(r"^(epmesh|router)_\w+(\{.*\})? [0-9.e+]+$", figures, re.MULTILINE)
 
 
-def test_no_service_sees_the_key_of_another(whole: Stack) -> None:
+def test_no_service_sees_the_key_of_another(stack: Stack) -> None:
     for service in MESH:
-        mounts = json.loads(whole.docker("inspect", whole.container(service)))[0]["Mounts"]
-        names = [mount["Name"].removeprefix(f"{whole.project}_") for mount in mounts if mount["Destination"] == "/tls"]
+        mounts = json.loads(stack.docker("inspect", stack.container(service)))[0]["Mounts"]
+        names = [mount["Name"].removeprefix(f"{stack.project}_") for mount in mounts if mount["Destination"] == "/tls"]
         assert names == [f"{service}-tls"]
         assert "authority" not in str(mounts)
 
 
-def test_containers_run_as_nobody_special(whole: Stack) -> None:
+def test_containers_run_as_nobody_special(stack: Stack) -> None:
     for service in MESH:
-        shown = json.loads(whole.docker("inspect", whole.container(service)))[0]
+        shown = json.loads(stack.docker("inspect", stack.container(service)))[0]
         assert shown["HostConfig"]["ReadonlyRootfs"]
-        assert whole.docker("exec", whole.container(service), "id", "-u").strip() == "10001"
+        assert stack.docker("exec", stack.container(service), "id", "-u").strip() == "10001"
 
 
 @pytest.mark.parametrize("service", ["node-0", "coordinator"])
-def test_the_doctor_finds_nothing_wrong_with_a_service(whole: Stack, service: str) -> None:
-    found = whole.doctor("exec", whole.container(service), "epmesh", "doctor", "--json")
+def test_the_doctor_finds_nothing_wrong_with_a_service(stack: Stack, service: str) -> None:
+    found = stack.doctor("exec", stack.container(service), "epmesh", "doctor", "--json")
     assert set(found) <= {"memory-used", "buffers-beyond-memory", "cpu-quota"}  # the machine may be small
 
 
-def test_the_doctor_names_what_is_wrong_with_a_container_and_what_mends_it(whole: Stack) -> None:
-    limits = ("--memory", "256m", "--pids-limit", "40", "--read-only", "--tmpfs", "/tmp", "--network", whole.network)
+def test_the_doctor_names_what_is_wrong_with_a_container_and_what_mends_it(stack: Stack) -> None:
+    limits = ("--memory", "256m", "--pids-limit", "40", "--read-only", "--tmpfs", "/tmp", "--network", stack.network)
     settings = {
         "RANKS": 2,
         "INSECURE": 1,
@@ -58,7 +58,7 @@ def test_the_doctor_names_what_is_wrong_with_a_container_and_what_mends_it(whole
         "ADVERTISE": "127.0.0.1",
     }
     given = (part for name, value in settings.items() for part in ("--env", f"EPMESH_{name}={value}"))
-    found = whole.doctor("run", "--rm", *limits, *given, whole.image("node"), "doctor", "--json")
+    found = stack.doctor("run", "--rm", *limits, *given, stack.image("node"), "doctor", "--json")
     mends = {
         "name-unknown": "service name",
         "advertised-loopback": "leave --advertise (EPMESH_ADVERTISE) out",
