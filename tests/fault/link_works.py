@@ -33,6 +33,7 @@ def put_proxies_before_links(comm: Communicator) -> None:
 
     zmq.Socket.connect = through_proxy  # type: ignore[method-assign, assignment]
     link_watcher.RECONNECT_GRACE_S *= _STRETCH
+    link_watcher.CONNECT_GRACE_S *= _STRETCH
 
 
 def exchange_while_links_break(comm: Communicator, exchanges: int, seed: int) -> tuple[int, int, int]:

@@ -151,8 +151,8 @@ def test_a_resumed_rank_is_refused_until_it_joins_again() -> None:
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "secured"])
 @pytest.mark.parametrize("who", [0, 3])
 def test_a_late_rank_is_named_and_not_evicted_and_the_group_goes_on(who: int, tls: bool) -> None:
-    with two_by_two(exchange_timeout_s=1.0, tls=tls) as mesh:
-        for rank, (seen, epoch) in enumerate(mesh.run(works.late, who, 1.6)):
+    with two_by_two(exchange_timeout_s=2.0, tls=tls) as mesh:  # late for the first exchange, long in time for the next
+        for rank, (seen, epoch) in enumerate(mesh.run(works.late, who, 2.5)):
             assert seen.error == "DeadlineExceeded", seen
             assert rank == who or seen.ranks == (who,)
             assert seen.sums == [1.0, 2.0]
@@ -180,11 +180,13 @@ def test_exchanges_go_on_without_a_coordinator_and_joins_work_once_it_is_back(in
 
 
 def test_a_death_without_a_coordinator_is_a_typed_error_and_mends_when_it_is_back(inbox: Inbox) -> None:
-    with LocalMesh(1, 2, num_experts=8, timeout_s=3.0) as mesh:
+    with LocalMesh(1, 2, num_experts=8) as mesh:
         mesh.kill_coordinator()
         mesh.kill_rank(1)
-        with pytest.raises(MeshUnavailable):
-            mesh.run(works.sums, [0])
+        with pytest.MonkeyPatch.context() as impatient:
+            impatient.setattr(mesh, "_timeout_s", 2.0)
+            with pytest.raises(MeshUnavailable):
+                mesh.run(works.sums, [0])
         mesh.start_coordinator()
         ((sums, ranks, _),) = mesh.run(works.sums, [0, 3])
         assert (sums, ranks) == ([1.0, 4.0], [0])

@@ -324,7 +324,7 @@ def wait_for_nothing(comm: Communicator) -> str:
 
 def test_an_open_receive_of_what_nobody_sends_ends_at_the_limit() -> None:
     expected = "DeadlineExceeded rank 1, MeshUnavailable"
-    assert together(2, wait_for_nothing, exchange_timeout_s=0.3) == [expected] * 2
+    assert together(2, wait_for_nothing, exchange_timeout_s=1.0) == [expected] * 2
 
 
 def refused_by_all(comm: Communicator) -> tuple[str, float]:
@@ -416,9 +416,9 @@ def test_a_rank_that_does_not_come_is_late_and_the_group_of_no_use_afterwards() 
         over.set()
         return errors
 
-    late, broken, checked = together(2, wait_for_the_other, exchange_timeout_s=0.3)[0]
+    late, broken, checked = together(2, wait_for_the_other, exchange_timeout_s=1.0)[0]
     assert isinstance(late, DeadlineExceeded)
-    assert "0.3 s" in str(late)
+    assert "1 s" in str(late)
     for error in (broken, checked):
         assert isinstance(error, MeshUnavailable)
         assert "make new ones" in str(error)
@@ -436,7 +436,7 @@ def test_a_message_that_does_not_come_names_its_sender() -> None:
         over.set()
         return f"{caught.value.rank} {caught.value}"
 
-    text = together(2, receive, exchange_timeout_s=0.3, global_ranks=[4, 8])[0]
+    text = together(2, receive, exchange_timeout_s=1.0, global_ranks=[4, 8])[0]
     assert text.startswith("8 rank 8")
 
 

@@ -78,7 +78,7 @@ class Greedy:
 def test_a_router_that_asks_for_far_too_much_does_not_take_another_s_part(slow_mesh: LocalMesh) -> None:
     given = some_rows(ROWS, EXPERTS, 2, seed=1)
     with Router(slow_mesh.addresses) as modest, Router(slow_mesh.addresses) as other:
-        modest.forward(*given, layer=None, timeout=5)
+        modest.forward(*given, layer=None, timeout=20)
         greedy = Greedy(other, threads=120)
         try:
             assert greedy.under_way.wait(20)
@@ -165,10 +165,10 @@ def test_a_thousand_connections_that_say_no_more_hurt_nobody_and_are_cut_off(
     with contextlib.ExitStack() as stack, Router(serving_mesh.addresses) as router:
         silent = [stack.enter_context(connected(address, beginning)) for _ in range(SILENT)]
         for _ in range(20):
-            router.forward(*given, layer=None, timeout=5)
+            router.forward(*given, layer=None, timeout=20)
         assert serving_mesh.view().ranks.keys() == {0, 1}
         with Router(serving_mesh.addresses) as late:  # who comes now gets in, too
-            late.forward(*given, layer=None, timeout=5)
+            late.forward(*given, layer=None, timeout=20)
         assert eventually(lambda: all(map(over, silent)))
 
 
@@ -208,12 +208,12 @@ def test_connections_that_come_and_go_leave_nothing_behind(serving_mesh: LocalMe
     given = some_rows(ROWS, EXPERTS, 2, seed=1)
     with Router(serving_mesh.addresses) as router:
         for _ in range(20):  # by either rank, so that all that is there to stay is there
-            router.forward(*given, layer=None, timeout=5)
+            router.forward(*given, layer=None, timeout=20)
         before = sum(map(open_descriptors, descendants(os.getpid())))
         for address in (front, serving_mesh.address, serving_mesh.coordinator_address):
             for _ in range(500):
                 connected(address, b"").close()
-            router.forward(*given, layer=None, timeout=5)
+            router.forward(*given, layer=None, timeout=20)
         assert eventually(lambda: sum(map(open_descriptors, descendants(os.getpid()))) <= before + 8)
 
 

@@ -19,7 +19,7 @@ KIB = 1024
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[LocalMesh]:
-    with LocalMesh(3, 1, exchange_timeout_s=2.0) as mesh:
+    with LocalMesh(3, 1, exchange_timeout_s=20.0) as mesh:
         mesh.run(small_budget)
         yield mesh
 

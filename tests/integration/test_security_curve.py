@@ -206,7 +206,7 @@ def test_nobody_leases_a_key_without_a_certificate(serving: LocalMesh) -> None:
     with open_channel(serving.addresses[1]) as channel:
         request = key_service_pb2.LeaseKeyRequest(public_key=KeyPair.generate().public)
         with pytest.raises(grpc.RpcError) as caught:
-            key_service_pb2_grpc.KeyServiceStub(channel).LeaseKey(request, timeout=2.0)
+            key_service_pb2_grpc.KeyServiceStub(channel).LeaseKey(request, timeout=PATIENCE_S)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     record("lease without a certificate", "gRPC KeyService", "connection refused by TLS")
     assert isinstance(ask(KeyPair.generate(), peer, serving.view().mesh_id), Unauthenticated)

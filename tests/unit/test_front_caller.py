@@ -39,11 +39,11 @@ def test_answers_and_errors_reach_the_coroutine_that_asked(front: Front) -> None
         caller, peer = FrontCaller(), FrontPeer(RANK, INCARNATION, front.endpoint)
         try:
             front.handle(echo)
-            calls = [caller.call(MESH, peer, request(), [bytes([n] * 3)], timeout_s=5) for n in range(8)]
+            calls = [caller.call(MESH, peer, request(), [bytes([n] * 3)], timeout_s=20) for n in range(8)]
             replies = await asyncio.gather(*calls)
             front.handle(lambda incoming: incoming.refuse(Overloaded(0.25)))
             with pytest.raises(Overloaded):
-                await caller.call(MESH, peer, request(), [b"abc"], timeout_s=5)
+                await caller.call(MESH, peer, request(), [b"abc"], timeout_s=20)
             return [bytes(reply.tensors[0]) for reply in replies]
         finally:
             caller.close()
@@ -60,11 +60,11 @@ def test_a_cancelled_coroutine_has_the_rank_give_up(front: Front) -> None:
         caller = FrontCaller()
         peer = FrontPeer(RANK, INCARNATION, front.endpoint)
         call = asyncio.create_task(caller.call(MESH, peer, request(), [b"abc"], timeout_s=20))
-        incoming = await asyncio.to_thread(taken.get, timeout=5)
+        incoming = await asyncio.to_thread(taken.get, timeout=20)
         incoming.on_cancel(lambda: given_up.put(True))
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
-        assert await asyncio.to_thread(given_up.get, timeout=5)
+        assert await asyncio.to_thread(given_up.get, timeout=20)
         incoming.refuse(MeshUnavailable("given up"))
         caller.close()
 
@@ -79,7 +79,7 @@ def test_a_caller_fails_what_is_pending_when_it_is_closed(front: Front) -> None:
         caller = FrontCaller()
         peer = FrontPeer(RANK, INCARNATION, front.endpoint)
         call = asyncio.create_task(caller.call(MESH, peer, request(), [b"abc"], timeout_s=20))
-        await asyncio.to_thread(taken.get, timeout=5)
+        await asyncio.to_thread(taken.get, timeout=20)
         caller.close()
         with pytest.raises(MeshUnavailable):
             await call

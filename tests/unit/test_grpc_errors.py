@@ -69,7 +69,7 @@ async def _raised_by_calls(error: EpmeshError) -> list[EpmeshError]:
 
 async def _unary(stub: rpc.DiscoveryServiceAsyncStub) -> EpmeshError:
     try:
-        await stub.GetView(pb.GetViewRequest(), timeout=5)
+        await stub.GetView(pb.GetViewRequest(), timeout=20)
     except grpc.RpcError as exc:
         return from_rpc_error(exc, "GetView")
     raise AssertionError("not refused")
@@ -77,7 +77,7 @@ async def _unary(stub: rpc.DiscoveryServiceAsyncStub) -> EpmeshError:
 
 async def _stream(stub: rpc.DiscoveryServiceAsyncStub) -> EpmeshError:
     try:
-        async for _ in stub.WatchViews(pb.WatchViewsRequest(), timeout=5):
+        async for _ in stub.WatchViews(pb.WatchViewsRequest(), timeout=20):
             pass
     except grpc.RpcError as exc:
         return from_rpc_error(exc, "WatchViews")
