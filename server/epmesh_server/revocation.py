@@ -19,7 +19,8 @@ from epmesh.tls import TlsFiles
 LOOK_EVERY_S = 1.0
 _MAX_FILE_BYTES = 16 << 20
 _MAX_REMEMBERED = 4096
-_LIST = re.compile(rb"-----BEGIN X509 CRL-----.*?-----END X509 CRL-----", re.DOTALL)
+_BEGIN = b"-----BEGIN X509 CRL-----"
+_LIST = re.compile(_BEGIN + rb".*?-----END X509 CRL-----", re.DOTALL)
 _KEYS = (ec.EllipticCurvePublicKey, rsa.RSAPublicKey, ed25519.Ed25519PublicKey, ed448.Ed448PublicKey)
 _log = logging.getLogger(__name__)
 
@@ -61,8 +62,10 @@ def revoked_by(lists: bytes, authorities: bytes) -> frozenset[CertificateId]:
         authorities: certificates, PEM; a list of another one's says nothing about who gets in here, and is left out.
 
     Raises:
-        InvalidRequest: there is no list, one cannot be read, or its signature is wrong.
+        InvalidRequest: there is no list, one cannot be read or was cut off, or its signature is wrong.
     """
+    if any(line and line == _BEGIN[: len(line)] for line in map(bytes.strip, _LIST.sub(b"", lists).splitlines())):
+        raise InvalidRequest("the last list was cut off; copy it to another name first, and rename that")
     found: set[CertificateId] = set()
     try:
         known = x509.load_pem_x509_certificates(authorities)
@@ -110,7 +113,8 @@ def _signed(revoked: x509.CertificateRevocationList, signer: x509.Certificate) -
 class Revocations:
     """What a service's ``crl.pem`` says. Used on one event loop; `watch` keeps it up to date.
 
-    A list that is missing, or cannot be used, after one that could, leaves in force what is known.
+    What was revoked stays so as long as the service runs: also where the list is missing or cannot be used, and where
+    its authority is believed no more, for connections that were opened before that stand for as long as they like.
     """
 
     def __init__(self, tls: TlsFiles) -> None:
@@ -156,8 +160,8 @@ class Revocations:
         except InvalidRequest as exc:
             _log.error("revoke.failed: %s; %d certificates stay revoked", exc, len(self._revoked))
             return
-        _log.info("revoke.complete: %s revokes %d certificates", self._path, len(revoked))
-        self._revoked = revoked
+        self._revoked |= revoked
+        _log.info("revoke.complete: %s revokes %d certificates, %d are", self._path, len(revoked), len(self._revoked))
         for listener in self._listeners:
             listener()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ import pytest
 
 from epmesh.channels import open_aio_channel
 from epmesh.errors import EpmeshError, Overloaded, Unauthenticated, from_rpc_error
-from epmesh.tls import REVOKED_NAME, TlsFiles
+from epmesh.tls import CA_NAME, REVOKED_NAME, TlsFiles
 from epmesh_server import secure_server
 from epmesh_server.access import NODE_ACCESS, Identity, Role
 from epmesh_server.certificates import Authority
 from epmesh_server.node.rpc import TCP_SERVER_OPTIONS
-from epmesh_server.revocation import Revocations, certificate_id
+from epmesh_server.revocation import LOOK_EVERY_S, Revocations, certificate_id
 
 SERVICE, WATCH, VIEW = "epmesh.v1.DiscoveryService", "WatchViews", "GetView"
 FLOOD, HOLD = "Flood", "Hold"  # streams whose client does not read, and whose handler is no generator
@@ -49,6 +50,13 @@ class Port:
         replaced = self._folder / "replaced.pem"
         replaced.write_bytes(self._authority.list_path.read_bytes())
         replaced.rename(self._folder / "node" / REVOKED_NAME)
+
+    def replace_authority(self) -> None:
+        """Has the port believe another authority, and no more the one before; connections that stand are left alone."""
+        other = Authority.make(self._folder / "other")
+        replaced = self._folder / "replaced.crt"
+        replaced.write_bytes((other.directory / CA_NAME).read_bytes())
+        replaced.rename(self._folder / "node" / CA_NAME)
 
     async def close(self) -> None:
         for channel in self._channels:
@@ -211,6 +219,21 @@ def test_a_revoked_certificate_is_refused_and_its_open_streams_are_cut(run: Call
         assert await ask(good) is None
         assert not stays.done()
         assert not isinstance(await watching(port.client("stolen")), EpmeshError)  # another certificate, same name
+
+    run(test)
+
+
+def test_a_connection_stays_refused_when_the_authority_of_its_certificate_is_gone(run: Callable[..., None]) -> None:
+    async def test(port: Port) -> None:
+        stolen = port.client("stolen")
+        call = await watching(stolen)
+        port.revoke("stolen")
+        assert isinstance(await ended(call), Unauthenticated)
+        port.replace_authority()
+        last = time.monotonic() + 3 * LOOK_EVERY_S
+        while time.monotonic() < last:  # it has read the new authorities by then, and the connection still stands
+            assert await ask(stolen) is not None
+            await asyncio.sleep(0.05)
 
     run(test)
 

@@ -72,6 +72,19 @@ def test_a_list_with_another_signature_is_refused(tmp_path: Path) -> None:
         revoked_by(forged.list_path.read_bytes(), (one.directory / "ca.crt").read_bytes())
 
 
+@pytest.mark.parametrize("left", [1, 20, 0.5])
+def test_a_list_that_was_cut_off_behind_a_whole_one_is_refused(tmp_path: Path, left: float) -> None:
+    one, other = Authority.make(tmp_path / "one"), Authority.make(tmp_path / "other")
+    one.revoke([1])
+    other.revoke([2])
+    whole, cut = one.list_path.read_bytes(), other.list_path.read_bytes()
+    both = b"".join((made.directory / "ca.crt").read_bytes() for made in (one, other))
+    cut = cut[: int(left * len(cut)) if left < 1 else int(left)]
+    with pytest.raises(InvalidRequest, match="cut off"):
+        revoked_by(whole + cut, both)
+    assert len(revoked_by(b"Certificate Revocation List (CRL):\n" + whole, both)) == 1
+
+
 @pytest.mark.parametrize(
     "data",
     [b"", b"nothing", b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"],
@@ -104,7 +117,9 @@ def test_a_list_that_cannot_be_used_or_is_gone_leaves_what_is_known(
     assert len([each for each in caplog.messages if "1 certificates stay revoked" in each]) == 2
 
 
-def test_a_list_counts_while_its_authority_is_believed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_list_counts_once_its_authority_is_believed_and_for_as_long_as_the_service_runs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     old, new = Authority.make(tmp_path / "old"), Authority.make(tmp_path / "new")
     files = old.issue(tmp_path / "node", [NODE])
     web = id_of(new.issue(tmp_path / "web", [ROUTER]))
@@ -119,7 +134,9 @@ def test_a_list_counts_while_its_authority_is_believed(tmp_path: Path, caplog: p
         files.ca.write_bytes(believed)
         revocations.look()
         assert web in revocations
-    assert CertificateId(web.issuer, 1) not in revocations
+    # Whoever connected while the old one was believed may be connected still.
+    assert CertificateId(web.issuer, 1) in revocations
+    assert CertificateId(web.issuer, 1) not in Revocations(files)
 
 
 def test_a_service_does_not_start_with_a_revoked_certificate(mesh: Path) -> None:
