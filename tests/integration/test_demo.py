@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import pty
@@ -100,6 +101,7 @@ class Terminal:
             os.chdir(ROOT)
             os.execve(COMMAND[0], COMMAND, traces.environment)
         self.text = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # a read may end in the middle of a character
 
     def read_until(self, words: str, timeout_s: float) -> None:
         """Reads on until `words` came; the end of the output is "" (which always comes)."""
@@ -107,7 +109,7 @@ class Terminal:
         while not words or words not in self.text:
             assert select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))[0], self.text
             try:
-                self.text += os.read(self._fd, 65536).decode()
+                self.text += self._decoder.decode(os.read(self._fd, 65536))
             except OSError:  # how a pty says that nobody is there any more
                 assert not words, self.text
                 return
