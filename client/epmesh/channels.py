@@ -105,8 +105,8 @@ class RenewedChannel:
         self._channel = self._open()
         self._before: deque[grpc.Channel] = deque()  # calls from before the files were replaced go on there
 
-    def get(self) -> grpc.Channel:
-        """The channel for a new call."""
+    def get(self, in_use: grpc.Channel | None = None) -> grpc.Channel:
+        """The channel for a new call; `in_use`, an earlier one, is left open, however often the files are replaced."""
         stamp = _stamp(self._tls)
         if stamp == self._stamp:
             return self._channel
@@ -118,7 +118,9 @@ class RenewedChannel:
         self._before.append(self._channel)
         self._channel, self._stamp = opened, stamp
         if len(self._before) > _MAX_BEFORE:
-            self._before.popleft().close()
+            oldest = next(each for each in self._before if each is not in_use)
+            self._before.remove(oldest)
+            oldest.close()
         return opened
 
     def close(self) -> None:

@@ -76,11 +76,11 @@ class DriverSession:
         self._over = threading.Event()
         self._opening = threading.Lock()  # guards _channels
         self._channels = RenewedChannel(node, tls)
+        self._held_on = self._channels.get()
         self._renewing: threading.Thread | None = None
         request = communicator_service_pb2.AttachRankRequest(rank=rank, driver=driver, version=VERSION)
-        self._held_on = self.channel
         try:
-            self.granted = self._hold(self._held_on, request)[1].result(timeout_s)
+            self.granted = self._hold(self._held_on, request).result(timeout_s)
         except TimeoutError:
             self._hang_up()
             raise MeshUnavailable(f"AttachRank at {node.address}: no answer within {timeout_s:g} s") from None
@@ -95,7 +95,7 @@ class DriverSession:
     def channel(self) -> grpc.Channel:
         """For a call that is made now: it shows the certificate of now."""
         with self._opening:
-            return self._channels.get()
+            return self._channels.get(in_use=self._held_on)
 
     @property
     def error(self) -> EpmeshError | None:
@@ -230,7 +230,7 @@ class DriverSession:
 
     def _hold(
         self, channel: grpc.Channel, request: communicator_service_pb2.AttachRankRequest
-    ) -> tuple[Any, Future[communicator_service_pb2.AttachRankResponse]]:
+    ) -> Future[communicator_service_pb2.AttachRankResponse]:
         """Opens a stream that holds the rank; the future has its answer.
 
         Raises:
@@ -244,7 +244,7 @@ class DriverSession:
             thread = threading.Thread(target=self._read, args=(stream, granted), name="epmesh-driver", daemon=True)
             self._streams[stream] = thread
         thread.start()
-        return stream, granted
+        return granted
 
     def _renew(self) -> None:
         """Has the rank held on the channel of now, whenever that is another one, until the session is over."""
@@ -257,18 +257,18 @@ class DriverSession:
                 rank=self.rank, version=VERSION, token=self.granted.token
             )
             try:
-                stream, granted = self._hold(channel, request)
+                granted = self._hold(channel, request)
             except MeshUnavailable:  # given back meanwhile
                 return
             try:
-                granted.result(RPC_TIMEOUT_S)
+                # However long it takes: once the service has the request, the rank may hang on this stream alone. Of a
+                # service that is gone keepalive tells, and whoever gives the rank back ends the stream.
+                granted.result()
                 self._held_on, said = channel, ""
-            except (TimeoutError, EpmeshError) as exc:
-                stream.cancel()
-                why = str(exc) or "no answer in time"
-                if why != said and not self._over.is_set():
-                    _log.warning("rank=%d renew.failed: %s; the stream from before goes on", self.rank, why)
-                said = why
+            except EpmeshError as exc:
+                if str(exc) != said and not self._over.is_set():
+                    _log.warning("rank=%d renew.failed: %s; the stream from before goes on", self.rank, exc)
+                said = str(exc)
 
     def _read(self, stream: Any, granted: Future[communicator_service_pb2.AttachRankResponse]) -> None:
         error: EpmeshError = self._given_back()

@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from epmesh import driver_session
-from epmesh.channels import NodeAddress
+from epmesh.channels import _MAX_BEFORE, NodeAddress
 from epmesh.communicator_methods import METHODS, SERVICE
 from epmesh.driver_session import DriverSession
 from epmesh.driver_transports import GrpcTransport
@@ -35,6 +35,8 @@ class NodeService:
         self.shown: list[tuple[str, bytes]] = []
         self.detached = threading.Event()
         self.refuses = False
+        self.answers_after = threading.Event()  # the service has moved the hold by then
+        self.answers_after.set()
         self._changed = threading.Condition()  # guards what follows, and `shown`
         self._holds: list[threading.Event] = []
         self._server = grpc.server(ThreadPoolExecutor(8))
@@ -69,10 +71,11 @@ class NodeService:
         context.add_callback(over.set)
         before, self._holds = self._holds, [over]
         assert bool(before) == (request.token == b"token")
-        yield wire.AttachRankResponse(token=b"token")
-        self._note("hold", context)
         for each in before:
             each.set()
+        assert self.answers_after.wait(PATIENCE_S)
+        yield wire.AttachRankResponse(token=b"token")
+        self._note("hold", context)
         over.wait(PATIENCE_S)
 
     def _detach(self, request: wire.DetachRankRequest, context: Any) -> wire.DetachRankResponse:
@@ -162,6 +165,35 @@ def test_a_hold_that_cannot_be_moved_stays_and_is_tried_again(
     service.wait_for("hold", new)
     session.detach()
     assert not [each for each in caplog.messages if "driver.ended" in each]
+
+
+def test_a_rank_is_not_given_up_because_the_answer_comes_late(
+    service: NodeService, authority: Authority, tls: TlsFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = drive(service, tls)
+    service.answers_after.clear()
+    new = replaced(authority, tls)
+    with monkeypatch.context() as hasty:
+        hasty.setattr(driver_session, "RPC_TIMEOUT_S", 0.05)
+        assert session.end_within(0.5) is None
+    service.answers_after.set()
+    service.wait_for("hold", new)
+    assert session.error is None
+    session.detach()
+
+
+def test_a_hold_that_cannot_be_moved_outlives_many_replacements(
+    service: NodeService, authority: Authority, tls: TlsFiles
+) -> None:
+    session = drive(service, tls)
+    service.refuses = True
+    for _ in range(2 * _MAX_BEFORE):
+        replaced(authority, tls)
+        assert session.channel is not session._held_on
+    assert session.end_within(0.5) is None
+    service.refuses = False
+    service.wait_for("hold", replaced(authority, tls))
+    session.detach()
 
 
 def test_a_session_is_over_with_the_stream_that_holds_the_rank(
