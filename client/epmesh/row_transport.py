@@ -245,7 +245,9 @@ def fronts_reachable(ranks: Sequence[RankInfo], timeout_s: float = _PROBE_TIMEOU
         for info in ranks:
             with contextlib.suppress(OSError, ValueError):  # an endpoint that is no address cannot be reached
                 selector.register(stack.enter_context(_begin_connect(info)), selectors.EVENT_WRITE)
-        while selector.get_map() and (left_s := deadline - time.monotonic()) > 0:
+        left_s = timeout_s
+        while selector.get_map() and left_s > 0:
+            left_s = max(0.0, deadline - time.monotonic())  # and a last look, where this thread came late to it
             for key, _ in selector.select(left_s):
                 sock = key.fileobj
                 assert isinstance(sock, socket.socket)
