@@ -1,4 +1,4 @@
-"""``GET /metrics`` over plain HTTP on a service's own event loop: no thread, few connections, each with a deadline."""
+"""``GET /metrics`` on a service's own event loop, over HTTP or HTTPS: no thread, few connections, with deadlines."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from epmesh.addresses import join_address
-from epmesh.errors import InvalidRequest
+from epmesh.errors import InvalidRequest, Unauthenticated
+from epmesh_server.metrics_guard import MetricsGuard
 
 _log = logging.getLogger(__name__)
 
@@ -20,30 +22,41 @@ PATH = "/metrics"
 _MAX_CONNECTIONS = 16
 _MAX_HEAD_BYTES = 8192
 _WITHIN_S = 5.0
-_REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 500: "Internal Server Error"}
+_REASONS = {
+    200: "OK",
+    400: "Bad Request",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    500: "Internal Server Error",
+}
 
 
 @contextlib.asynccontextmanager
-async def serve_metrics(host: str, port: int, registry: CollectorRegistry) -> AsyncIterator[str]:
+async def serve_metrics(
+    host: str, port: int, registry: CollectorRegistry, guard: MetricsGuard | None = None
+) -> AsyncIterator[str]:
     """Answers while the block runs; gives the bound ``host:port``.
 
     Args:
         port: 0 takes a free one.
         registry: asked at every scrape, on the event loop.
+        guard: who may ask, over TLS; `None`: everybody, in plain HTTP.
 
     Raises:
         InvalidRequest: the port cannot be bound.
     """
-    scrapes = _Scrapes(registry)
+    scrapes = _Scrapes(registry, guard)
+    secured: dict[str, Any] = {} if guard is None else {"ssl": guard.context, "ssl_handshake_timeout": _WITHIN_S}
     try:
-        server = await asyncio.start_server(scrapes.connected, host.strip("[]"), port, limit=_MAX_HEAD_BYTES)
+        server = await asyncio.start_server(scrapes.connected, host.strip("[]"), port, limit=_MAX_HEAD_BYTES, **secured)
     except OSError as exc:
         raise InvalidRequest(
             f"cannot listen for metrics at {join_address(host, port)}: {exc.strerror or exc}; choose another "
             f"--metrics-port, or 0 for none"
         ) from exc
     bound = join_address(host, server.sockets[0].getsockname()[1])
-    _log.info("metrics at http://%s%s", bound, PATH)
+    _log.info("metrics at %s://%s%s", "http" if guard is None else "https", bound, PATH)
     try:
         yield bound
     finally:
@@ -53,12 +66,14 @@ async def serve_metrics(host: str, port: int, registry: CollectorRegistry) -> As
 
 
 @contextlib.asynccontextmanager
-async def maybe_metrics(host: str, port: int | None, registry: CollectorRegistry) -> AsyncIterator[str]:
+async def maybe_metrics(
+    host: str, port: int | None, registry: CollectorRegistry, guard: MetricsGuard | None = None
+) -> AsyncIterator[str]:
     """As `serve_metrics`; with `None` for a port there are none, and the address is empty."""
     if port is None:
         yield ""
         return
-    async with serve_metrics(host, port, registry) as bound:
+    async with serve_metrics(host, port, registry, guard) as bound:
         yield bound
 
 
@@ -86,8 +101,9 @@ def of_view(epoch: int, nodes: int, ranks: int) -> Iterator[Metric]:
 class _Scrapes:
     """The connections that are open."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, guard: MetricsGuard | None) -> None:
         self._registry = registry
+        self._guard = guard
         self._open: set[asyncio.Task[None]] = set()
 
     async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -101,13 +117,23 @@ class _Scrapes:
         try:
             async with asyncio.timeout(_WITHIN_S):
                 head = await reader.readuntil(b"\r\n\r\n")
-                writer.write(answer_of(head, self._registry))
+                writer.write(self._refusal(writer) or answer_of(head, self._registry))
                 await writer.drain()
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as exc:
             _log.debug("metrics.failed: %s", exc)
         finally:
             self._open.discard(task)
             writer.close()
+
+    def _refusal(self, writer: asyncio.StreamWriter) -> bytes | None:
+        """The answer to somebody who may not ask."""
+        if self._guard is None:
+            return None
+        try:
+            self._guard.check(writer.get_extra_info("ssl_object"))
+        except Unauthenticated as error:
+            return _response(403, f"{error}\n".encode())
+        return None
 
     async def close(self) -> None:
         """Ends what is under way."""

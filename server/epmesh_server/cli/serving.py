@@ -43,6 +43,7 @@ class CoordinatorOptions:
     join_token_file: Path | None
     log_level: LogLevel
     metrics_port: int = 0
+    metrics_tls: bool = False
     store: str | None = None
 
     @property
@@ -55,6 +56,8 @@ class CoordinatorOptions:
         command = [sys.executable, "-m", "epmesh_server.cli", "coordinator", "--supervisor", str(os.getpid())]
         command += ["--host", self.host, "--port", str(self.port), "--data-dir", str(self.directory)]
         command += ["--log-level", self.log_level.value, "--metrics-port", str(self.metrics_port)]
+        if self.metrics_tls:
+            command.append("--metrics-tls")
         if self.stride is not None:
             command += ["--stride", str(self.stride)]
         if self.min_nodes is not None:
@@ -113,6 +116,7 @@ def coordinate(options: CoordinatorOptions, supervisor: int | None) -> None:
         tls=tls_files(options.tls_dir),
         insecure=options.insecure,
         metrics_port=options.metrics_port or None,
+        metrics_tls=options.metrics_tls,
         join_token_file=options.join_token_file,
         store=options.store,
         **stride,

@@ -27,6 +27,7 @@ from epmesh_server.coordinator.service import Services
 from epmesh_server.coordinator.settings import CoordinatorSettings
 from epmesh_server.exposure import warn_if_exposed
 from epmesh_server.membership import Membership, MeshCreated, Snapshot
+from epmesh_server.metrics_guard import MetricsGuard
 from epmesh_server.metrics_server import maybe_metrics
 from epmesh_server.revocation import Revocations
 from epmesh_server.secure_server import add_port, check_own_certificate, make_server
@@ -145,9 +146,12 @@ async def open_coordinator(settings: CoordinatorSettings, store: Store | None = 
         await server.start()
         _log.info("coordinator.started at %s, mesh %s", settings.address(port), snapshot.mesh_id)
         collector = CoordinatorCollector(machine, engine.counters, lambda: held.num_bytes, time.monotonic)
+        guard = None
+        if settings.metrics_tls and settings.tls is not None and revocations is not None:
+            guard = MetricsGuard(settings.tls, revocations)
         watching = None if revocations is None else asyncio.create_task(revocations.watch())
         try:
-            async with maybe_metrics(settings.host, settings.metrics_port, collector.registry()) as metrics:
+            async with maybe_metrics(settings.host, settings.metrics_port, collector.registry(), guard) as metrics:
                 yield Coordinator(engine, settings.address(port), port, metrics)
         finally:
             if watching is not None:

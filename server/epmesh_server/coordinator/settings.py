@@ -28,8 +28,9 @@ class CoordinatorSettings:
         stride, min_nodes, heartbeat_interval_s, lease_s, answer_timeout_s: see `MembershipSettings`.
         tls: what it shows itself with, and checks callers by; `None`: nothing authenticates them.
         insecure: whether to listen beyond loopback without `tls`.
-        metrics_port: where `host` answers ``GET /metrics`` in plain HTTP, to whoever asks; 0 takes a free port, `None`
+        metrics_port: where `host` answers ``GET /metrics``, in plain HTTP to whoever asks; 0 takes a free port, `None`
             opens none.
+        metrics_tls: whether it does so over TLS, to those with a certificate of the mesh; needs `tls`.
         store: ``etcd://host:port[,host:port][/prefix]`` keeps the log there instead of in `data_dir`; a
             coordinator that is not the first then stands by until the leader is gone.
         join_token_file: holds what a node must show that is new to the mesh; `None`: nothing. Read anew every time.
@@ -46,6 +47,7 @@ class CoordinatorSettings:
     tls: TlsFiles | None = None
     insecure: bool = False
     metrics_port: int | None = None
+    metrics_tls: bool = False
     join_token_file: Path | None = None
     store: str | None = None
     etcd: EtcdLocation | None = field(init=False)
@@ -56,6 +58,8 @@ class CoordinatorSettings:
             raise InvalidRequest(f"port is {self.port}; it must be 0 to 65535")
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65_535:
             raise InvalidRequest(f"metrics port is {self.metrics_port}; it must be 0 to 65535")
+        if self.metrics_tls and self.tls is None:
+            raise InvalidRequest("--metrics-tls needs certificates: give --tls-dir")
         check_exposure(self.host, self.tls, insecure=self.insecure)
         check_token_stays_secret(self.join_token_file, self.host, self.tls)
         if self.join_token_file is not None:

@@ -33,6 +33,7 @@ from epmesh.version import VERSION
 from epmesh_server.access import NODE_ACCESS, Role
 from epmesh_server.exposure import warn_if_exposed
 from epmesh_server.join_token import read_token
+from epmesh_server.metrics_guard import MetricsGuard
 from epmesh_server.metrics_server import maybe_metrics
 from epmesh_server.node.admission import member_keys
 from epmesh_server.node.advertising import advertised_address, choose_address, wants_route
@@ -178,7 +179,10 @@ class Node:
             {"router": self._router.budget, "driver": self._communicators.budget},
             coordinator_reachable=lambda: self._link.connected,
         )
-        metrics = maybe_metrics(self._settings.host, self._settings.metrics_port, collector.registry())
+        tls, guard = self._settings.tls, None
+        if self._settings.metrics_tls and tls is not None and self._revocations is not None:
+            guard = MetricsGuard(tls, self._revocations)
+        metrics = maybe_metrics(self._settings.host, self._settings.metrics_port, collector.registry(), guard)
         self.metrics_address = await self._exit.enter_async_context(metrics)
         return bound
 

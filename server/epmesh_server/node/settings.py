@@ -34,8 +34,9 @@ class NodeSettings:
         slot: claims the slot of a dead node, for a replacement under another name.
         tls: what the node shows itself with, and checks callers by; `None`: nothing authenticates them.
         insecure: allows a host that is not loopback without `tls`.
-        metrics_port: where `host` answers ``GET /metrics`` in plain HTTP, to whoever asks; 0 takes a free port, `None`
+        metrics_port: where `host` answers ``GET /metrics``, in plain HTTP to whoever asks; 0 takes a free port, `None`
             opens none.
+        metrics_tls: whether it does so over TLS, to those with a certificate of the mesh; needs `tls`.
         join_token_file: holds what the coordinator may want to see of a node that is new to the mesh.
 
     Raises:
@@ -54,6 +55,7 @@ class NodeSettings:
     tls: TlsFiles | None = None
     insecure: bool = False
     metrics_port: int | None = None
+    metrics_tls: bool = False
     join_token_file: Path | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +63,8 @@ class NodeSettings:
             raise InvalidRequest(f"port is {self.port}; it must be 0 to 65535")
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65_535:
             raise InvalidRequest(f"metrics port is {self.metrics_port}; it must be 0 to 65535")
+        if self.metrics_tls and self.tls is None:
+            raise InvalidRequest("--metrics-tls needs certificates: give --tls-dir")
         if self.buffer_bytes <= 0:
             raise InvalidRequest(f"buffer bytes are {self.buffer_bytes}; they must be positive")
         if self.slot is not None and self.slot < 0:

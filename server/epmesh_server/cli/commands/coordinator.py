@@ -62,6 +62,14 @@ def coordinator(
             help="Where Prometheus finds /metrics, in plain HTTP; 0: nowhere.",
         ),
     ] = 0,
+    metrics_tls: Annotated[
+        bool,
+        typer.Option(
+            "--metrics-tls",
+            envvar="EPMESH_METRICS_TLS",
+            help="/metrics over TLS, for those with a certificate of the mesh.",
+        ),
+    ] = False,
     join_token_file: TokenOption = None,
     log_level: LevelOption = LogLevel.INFO,
     supervisor: Annotated[int | None, typer.Option("--supervisor", hidden=True)] = None,
@@ -84,6 +92,7 @@ def coordinator(
         tls_dir=tls_dir,
         insecure=insecure,
         metrics_port=metrics_port,
+        metrics_tls=metrics_tls,
         join_token_file=join_token_file,
         log_level=log_level,
         store=store,

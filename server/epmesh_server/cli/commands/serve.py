@@ -119,6 +119,15 @@ def serve(
             rich_help_panel=_SERVICE,
         ),
     ] = 0,
+    metrics_tls: Annotated[
+        bool,
+        typer.Option(
+            "--metrics-tls",
+            envvar="EPMESH_METRICS_TLS",
+            help="/metrics over TLS, for those with a certificate of the mesh; of the coordinator beside it, too.",
+            rich_help_panel=_SERVICE,
+        ),
+    ] = False,
     coordinator_tls_dir: Annotated[
         Path | None,
         typer.Option(
@@ -303,6 +312,7 @@ def serve(
             tls=tls_files(tls_dir),
             insecure=insecure,
             metrics_port=metrics_port or None,
+            metrics_tls=metrics_tls,
             join_token_file=join_token_file,
         ),
         None
@@ -316,6 +326,7 @@ def serve(
             tls_dir=tls_dir_beside(tls_dir, coordinator_tls_dir),
             insecure=insecure,
             metrics_port=coordinator_metrics_port,
+            metrics_tls=metrics_tls,
             join_token_file=join_token_file,
             log_level=log_level,
         ),
