@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -44,8 +45,15 @@ def test_containers_run_as_nobody_special(stack: Stack) -> None:
 
 @pytest.mark.parametrize("service", ["node-0", "coordinator"])
 def test_the_doctor_finds_nothing_wrong_with_a_service(stack: Stack, service: str) -> None:
-    found = stack.doctor("exec", stack.container(service), "epmesh", "doctor", "--json")
-    assert set(found) <= {"memory-used", "buffers-beyond-memory", "cpu-quota"}  # the machine may be small
+    small_machine = {"memory-used", "buffers-beyond-memory", "cpu-quota"}
+
+    def well() -> bool:
+        found = stack.doctor("exec", stack.container(service), "epmesh", "doctor", "--json")
+        sys.stdout.write(f"{service}: {found}\n")  # shown where the test fails
+        return set(found) <= small_machine
+
+    # On a starved machine a service may answer late, and the doctor says so: once, not for good.
+    wait_until(well, f"the doctor finds nothing wrong with {service}")
 
 
 def test_the_doctor_names_what_is_wrong_with_a_container_and_what_mends_it(stack: Stack) -> None:
