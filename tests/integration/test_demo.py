@@ -145,7 +145,7 @@ def end_by_sigterm(terminal: Terminal) -> None:
 )
 def test_the_demo_ends_at_once_and_leaves_nothing(traces: Traces, moment: str, end: Callable[[Terminal], None]) -> None:
     terminal = Terminal(traces)
-    terminal.read_until(moment, 60.0)
+    terminal.read_until(moment, 100.0)
     started = time.monotonic()
     end(terminal)
     terminal.read_until("", 4 * END_S)
