@@ -11,9 +11,8 @@ from epmesh.errors import EpmeshError, InvalidRequest, Unauthenticated
 from epmesh.grpc_errors import abort
 from epmesh.v1 import key_service_pb2 as wire
 from epmesh.v1 import key_service_pb2_grpc
-from epmesh_server.access import name_of
 from epmesh_server.node.client_keys import ClientKeyTable
-from epmesh_server.secure_server import caller_of, certificate_of
+from epmesh_server.secure_server import certificate_of, client_of
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -38,21 +37,14 @@ class KeyService(key_service_pb2_grpc.KeyServiceServicer):
                 raise InvalidRequest("the ranks of this node do not use CURVE; connect to them in the clear")
             if self._taken(request.public_key):
                 raise Unauthenticated("this key is a member's of the mesh; make a key pair of your own")
-            self._table.lease(request.public_key, request.name or "unnamed", owner_of(context), certificate_of(context))
+            self._table.lease(
+                request.public_key, request.name or "unnamed", client_of(context), certificate_of(context)
+            )
         except EpmeshError as exc:
             await abort(context, exc)
         return wire.LeaseKeyResponse(lease_s=self._table.lease_s)
 
     async def ReleaseKey(self, request: wire.ReleaseKeyRequest, context: _Context) -> wire.ReleaseKeyResponse:
         """Ends a lease of the caller's."""
-        self._table.release(request.public_key, owner_of(context))
+        self._table.release(request.public_key, client_of(context))
         return wire.ReleaseKeyResponse()
-
-
-def owner_of(context: _Context) -> str:
-    """Who calls: as its certificate says, or where nothing authenticates callers the host that the call came from."""
-    identities = caller_of(context)
-    if identities is not None:
-        return name_of(identities)
-    kind, _, rest = context.peer().partition(":")
-    return f"host {rest.rpartition(':')[0]}" if kind in {"ipv4", "ipv6"} else f"host {kind}"
