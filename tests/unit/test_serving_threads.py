@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from epmesh import EpmeshError
+from epmesh.v1 import front_pb2
 from epmesh_server.driver_tokens import make_token
 from epmesh_server.ranks.driven import DrivenRank, _GroupWorker, _Task
 from epmesh_server.ranks.front import Incoming
@@ -21,6 +23,7 @@ from epmesh_server.ranks.serving_desk import Desk
 from epmesh_server.ranks.serving_experts import ExpertCalls, Outcome, QueuedShare, ServeStats, ShareQueue
 from epmesh_server.ranks.serving_rows import BatchKey, Rows
 from epmesh_server.ranks.session import RankSession
+from tests.processes import eventually
 
 
 class Given:
@@ -56,6 +59,33 @@ def test_results_that_cannot_be_delivered_harm_nobody_else(caplog: pytest.LogCap
         while not got:
             assert calls.run(10)
     assert [each.tolist() for each in got] == [[[2.0]]]
+
+
+def test_a_neighbour_may_have_answered_before_its_share_is_noted() -> None:
+    session = SimpleNamespace(rank=0, wake_fd=os.eventfd(0, os.EFD_NONBLOCK), calm=lambda: False, view=None)
+    desk: Any = Desk(cast(RankSession, session), ShareQueue(BatchLimits()), ServeStats())
+    future: Future[Any] = Future()
+
+    def call(*_: Any, on_answer: Any, **__: Any) -> Future[Any]:
+        on_answer(front_pb2.FrontResponse())
+        return future
+
+    request: Any = SimpleNamespace(
+        router_rows=SimpleNamespace(index=lambda _: np.zeros(1, np.int64)),
+        view=SimpleNamespace(ranks={1: SimpleNamespace(incarnation=1, front_endpoint="", curve_key=b"")}),
+        incoming=SimpleNamespace(client=""),
+        deadline=0.0,
+        neighbours=[],
+    )
+    desk._client = SimpleNamespace(call=call, close=lambda: None)
+    desk._written = lambda *_: (front_pb2.FrontRequest(), [], None, 0)
+    desk._post(lambda: desk._announce(request, 1, as_frames=True))
+    try:
+        assert eventually(lambda: request.neighbours and request.neighbours[0].answered)
+    finally:
+        desk._memories = SimpleNamespace(close=lambda: None)
+        desk.close(EpmeshError("over"))
+        os.close(session.wake_fd)
 
 
 def test_a_desk_that_was_closed_writes_to_no_descriptor_that_took_its_numbers_place() -> None:

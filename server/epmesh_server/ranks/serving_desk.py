@@ -243,9 +243,12 @@ class Desk:
         peer = FrontPeer(rank, info.incarnation, info.front_endpoint, info.curve_key)
         timeout_s = max(request.deadline - time.monotonic(), 0.001)
 
+        def neighbour_is_done() -> None:
+            share.neighbour_is_done()  # there is none yet while `call` runs, and the answer may be there
+
         def on_answer(response: front_pb2.FrontResponse) -> None:
             if is_done(response):
-                self._post(share.neighbour_is_done)
+                self._post(neighbour_is_done)
 
         answer = self._caller(request.view).call(peer, message, frames, timeout_s=timeout_s, on_answer=on_answer)
         share = NeighbourShare(rank, info.incarnation, index, slab, result_at, answer)
