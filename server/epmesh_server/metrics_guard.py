@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import ssl
+import time
 
 from cryptography import x509
 
@@ -14,6 +16,7 @@ from epmesh_server.certificates import certified
 from epmesh_server.revocation import CertificateId, Revocations
 
 _log = logging.getLogger(__name__)
+_RETRY_S = 1.0  # reading files that do not fit together takes a moment, and whoever connects has it done
 _ACCESS = {"/metrics": frozenset(Role)}
 
 
@@ -33,6 +36,7 @@ class MetricsGuard:
         self._tls = tls
         self._revocations = revocations
         self._stamp = tls.stamp
+        self._failed_at = -math.inf
         self._current = self.context = self._make()
 
     def check(self, connection: ssl.SSLObject) -> None:
@@ -63,11 +67,12 @@ class MetricsGuard:
 
     def _renew(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
         """Gives a new connection the files of now; called at the first message of each."""
-        stamp = self._tls.stamp
-        if stamp != self._stamp:
+        stamp, now = self._tls.stamp, time.monotonic()
+        if stamp != self._stamp and now - self._failed_at >= _RETRY_S:
             try:
                 self._current = self._make()
                 self._stamp = stamp
             except InvalidRequest as exc:
+                self._failed_at = now
                 _log.warning("tls.failed: %s; metrics go on with the certificate from before", exc)
         connection.context = self._current

@@ -14,7 +14,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from epmesh.errors import InvalidRequest
-from epmesh.tls import SERVICE_NAME, TlsFiles
+from epmesh.tls import SERVICE_NAME, TlsContents, TlsFiles
+from epmesh_server import metrics_guard
 from epmesh_server.access import Identity, Role
 from epmesh_server.certificates import Authority
 from epmesh_server.metrics_guard import MetricsGuard
@@ -99,6 +100,34 @@ def test_certificates_and_authorities_are_replaced_while_it_runs(tmp_path: Path)
         new.issue(tmp_path / "node", [NODE], replace=True)
         assert (await scraper.status(newer, newer.ca))[0] == 200
         assert (await scraper.status(old, newer.ca))[0] == 0
+
+    scraping(tmp_path, test)
+
+
+def test_strangers_who_connect_while_files_do_not_fit_cost_the_service_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The event loop is that of heartbeats, and reading files that are being replaced waits a moment."""
+    reads: list[TlsFiles] = []
+
+    def read(self: TlsFiles) -> TlsContents:
+        reads.append(self)
+        raise InvalidRequest("they do not fit")
+
+    async def test(scraper: Scraper) -> None:
+        good, other = scraper.issue("good", OBSERVER), scraper.issue("other", NODE)
+        strange = Authority.make(tmp_path / "stranger").issue(tmp_path / "strange", [OBSERVER])
+        other.certificate.rename(tmp_path / "node" / "tls.crt")
+        with monkeypatch.context() as broken:
+            broken.setattr(TlsFiles, "read", read)
+            broken.setattr(metrics_guard, "_RETRY_S", 1000.0)
+            for _ in range(10):
+                assert (await scraper.status(strange))[0] == 0
+            assert (await scraper.status(good))[0] == 200
+            assert len(reads) == len([each for each in caplog.messages if "tls.failed" in each]) == 1
+            broken.setattr(metrics_guard, "_RETRY_S", 0.0)
+            assert (await scraper.status(good))[0] == 200
+            assert len(reads) == 2
 
     scraping(tmp_path, test)
 
