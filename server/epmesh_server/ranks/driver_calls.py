@@ -95,12 +95,13 @@ class OpenReceives:
         """
         epoch = comm.view.membership_epoch
         self._open = {number: each for number, each in self._open.items() if each.membership_epoch == epoch}
-        tensors = [_expected(operation.tensor) for operation in operations]
-        count = len(self._open) + len(tensors)
-        size = sum(tensor.nbytes for tensor in tensors) + sum(each.tensor.nbytes for each in self._open.values())
+        count = len(self._open) + len(operations)
+        size = sum(num_bytes(operation.tensor) for operation in operations)  # before any of it is allocated
+        size += sum(each.tensor.nbytes for each in self._open.values())
         if count > _MAX_OPEN_RECEIVES or size > _MAX_OPEN_BYTES:
             most = f"at most {_MAX_OPEN_RECEIVES} of {_MAX_OPEN_BYTES} bytes"
             raise InvalidRequest(f"{count} receives of {size} bytes would be open, {most} may be; wait for some first")
+        tensors = [_expected(operation.tensor) for operation in operations]
         opened = comm.open_receives([(tensor, each.peer) for tensor, each in zip(tensors, operations, strict=True)])
         numbers = range(self._last + 1, self._last + 1 + len(opened))
         for number, receive, tensor in zip(numbers, opened, tensors, strict=True):
@@ -279,7 +280,6 @@ def _batch(call: _Call) -> Outcome:
 
 def _expected(meta: frame_pb2.TensorMeta) -> torch.Tensor:
     """A tensor on the host for what is expected; memory is touched when something comes."""
-    num_bytes(meta)
     return torch.empty(tuple(meta.shape), dtype=dtype_from_name(meta.dtype))
 
 
