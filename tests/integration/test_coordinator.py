@@ -599,4 +599,4 @@ def test_what_a_killed_node_had_evicted_stays_out_after_a_restart(tmp_path: Path
 
 def test_the_coordinator_needs_no_torch() -> None:
     code = "import sys, epmesh_server.coordinator; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=200, check=False).returncode == 0

@@ -70,7 +70,7 @@ def test_the_demo_passes_and_leaves_nothing(traces: Traces) -> None:
         env={**traces.environment, "PYTHONWARNINGS": "error"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
         check=False,
     )
     assert (done.stderr, done.returncode) == ("", 0)

@@ -18,7 +18,7 @@ PROGRAMS = dict(re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", PAGE, re.MULTI
 
 
 def run(program: Path, address: str) -> str:
-    done = subprocess.run([sys.executable, program, address], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, program, address], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -23,7 +23,7 @@ from tests.integration.waiting import PATIENCE_S
 
 EXPERTS = "tests.integration.hosted_experts"
 STOP_BOUND_S = 4 * 2.0
-START_WITHIN_S = 60.0  # torch is imported first
+START_WITHIN_S = 120.0  # torch is imported first
 
 
 @pytest.fixture

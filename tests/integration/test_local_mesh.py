@@ -130,7 +130,7 @@ if __name__ == "__main__":
 """
     )
     done = subprocess.run(
-        [sys.executable, "-W", "error", script], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-W", "error", script], capture_output=True, text=True, timeout=200, check=False
     )
     assert (done.stdout, done.stderr, done.returncode) == ("[0.0, 3.0]\nodd 0\n", "", 0)
 

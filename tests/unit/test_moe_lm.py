@@ -251,7 +251,7 @@ def test_loading_does_not_wake_the_compiler_of_torch() -> None:
         "import sys; from examples import moe_lm; moe_lm.load(expert_ids=[3]); sys.exit('torch._dynamo' in sys.modules)"
     )
     root = Path(moe_lm.__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=200, check=False).returncode == 0
 
 
 def test_share_of_an_unknown_expert_is_refused() -> None:
@@ -341,4 +341,4 @@ def test_numpy_form_needs_no_torch() -> None:
         "moe_lm.NumpyModel.load(); moe_lm.load_tokenizer(); load_config(); sys.exit('torch' in sys.modules)"
     )
     root = Path(moe_lm.__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=200, check=False).returncode == 0

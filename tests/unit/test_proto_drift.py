@@ -25,7 +25,7 @@ MESSAGE_FIELD, MESSAGE_NESTED, MESSAGE_ENUM, MESSAGE_ONEOF = 2, 3, 4, 8
 ENUM_VALUE = 2
 SERVICE_METHOD = 2
 
-pytestmark = pytest.mark.timeout(300)  # the first run makes an environment for the generator
+pytestmark = pytest.mark.timeout(400)  # the first run makes an environment for the generator
 
 LocationPath = tuple[int, ...]
 
@@ -36,7 +36,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stubs")
     script = ROOT / "proto" / "generate.sh"
     command = [script, out, out / "descriptors.bin"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=380, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
