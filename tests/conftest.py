@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -21,6 +23,17 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--soak-s 60`` runs the load tests for a minute each."""
     parser.addoption("--soak-s", type=float, default=6.0, help="seconds that load tests go on")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Commands that a test runs in this process configure logging, which later tests look at."""
+    root = logging.getLogger()
+    handlers, levels = root.handlers[:], {name: logging.getLogger(name).level for name in ("", "asyncio", "grpc")}
+    yield
+    root.handlers[:] = handlers
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def pytest_configure() -> None:
