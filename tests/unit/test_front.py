@@ -145,6 +145,54 @@ def test_a_request_that_ended_is_let_go_at_once(front: Front, client: FrontClien
         gc.enable()
 
 
+def test_what_its_callbacks_know_of_a_request_is_let_go_with_its_answer(front: Front, client: FrontClient) -> None:
+    waiting: queue.Queue[Incoming] = queue.Queue()
+    front.handle(waiting.put)
+    gc.disable()
+    try:
+        future = client.call(peer(front), rows(), timeout_s=5)
+        incoming = waiting.get(timeout=5)
+        for callback in (incoming.give_up, incoming.refuse):
+            incoming.on_cancel(callback)  # type: ignore[arg-type]
+        incoming.answer()
+        incoming.on_cancel(incoming.give_up)
+        future.result(5)
+        ended = weakref.ref(incoming)
+        del incoming, callback
+        client.call(peer(front), rows(), timeout_s=5)  # the front's thread has gone on when this one is there
+        waiting.get(timeout=5)
+        assert eventually(lambda: ended() is None)
+    finally:
+        gc.enable()
+
+
+def test_what_a_handler_refuses_goes_before_answers_that_wait(
+    front: Front, client: FrontClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[bytes] = []
+    send, first = front._send, []
+
+    def handle(incoming: Incoming) -> None:
+        first.append(incoming)
+        if len(first) == 1:
+            return
+        first[0].answer()  # queued, for this thread is busy
+        raise Overloaded(0.25, "enough")
+
+    def noted(sender: bytes, frames: list[Any]) -> list[zmq.Frame]:
+        sent.append(frames[0])
+        return send(sender, frames)
+
+    monkeypatch.setattr(front, "_send", noted)
+    front.handle(handle)
+    answered, refused = (client.call(peer(front), rows(), timeout_s=5) for _ in range(2))
+    with pytest.raises(Overloaded):
+        refused.result(5)
+    answered.result(5)
+    assert [front_pb2.FrontResponse.FromString(each).HasField("error") for each in sent] == [True, False]
+    assert front.open_requests == 0
+
+
 def test_an_answer_is_let_go_while_an_earlier_request_still_waits(front: Front, client: FrontClient) -> None:
     waiting: queue.Queue[Incoming] = queue.Queue()
     front.handle(waiting.put)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from epmesh import InvalidRequest, Overloaded
-from epmesh_server.ranks.serving_batch import BatchLimits, BatchQueue
+from epmesh_server.ranks.serving_batch import BatchLimits, BatchQueue, Coming
 
 LONG = 1e9
 
@@ -124,6 +124,44 @@ def test_rows_that_would_wait_for_longer_than_they_have_are_refused_at_once() ->
     queue.put(Waiting(deadline=0.13), 0.0)
 
 
+def test_rows_that_are_on_their_way_count_until_they_arrive() -> None:
+    queue = queue_of(max_batch_rows=10)
+    queue.computed(0.1, 0.0)
+    coming = [Coming("a", "", 10, 0.3) for _ in range(3)]
+    queue.expect(coming[0], 0.0)
+    queue.expect(coming[1], 0.0)
+    with pytest.raises(Overloaded, match=r"would take 0\.375 s"):
+        queue.expect(coming[2], 0.0)
+    with pytest.raises(Overloaded, match=r"would take 0\.375 s"):
+        queue.put(Waiting(num_rows=10, deadline=0.3), 0.0)
+    queue.arrived(coming[0])
+    queue.put(Waiting(num_rows=10, deadline=0.3), 0.0)
+    with pytest.raises(Overloaded):
+        queue.expect(coming[2], 0.0)
+    queue.arrived(coming[1])
+    queue.expect(coming[2], 0.0)
+
+
+@pytest.mark.parametrize("standing", [False, True])
+def test_a_queue_that_did_not_get_empty_for_a_while_is_kept_to_half_of_what_deadlines_allow(standing: bool) -> None:
+    queue = queue_of(max_batch_rows=1)
+    queue.computed(0.1, 0.0)
+    for step in range(6):  # from one batch to the next as many come as are computed, or one more
+        now = 0.1 * step
+        for _ in range(2 if standing else 1):
+            queue.put(Waiting(deadline=LONG), now)
+        assert len(queue.take(now)) == 1
+        queue.computed(0.1, now)
+    assert bool(len(queue)) is standing
+    assert queue.most_s(1.0, 0.6) == (0.5 if standing else 1.0)
+    assert queue.most_s(0.3, 0.6) == (0.25 if standing else 0.3)  # the batch that is computed now, and the next
+    assert queue.most_s(0.1, 0.6) == 0.1
+    while len(queue):
+        queue.take(0.6)
+    queue.put(Waiting(), 5.0)  # it was empty
+    assert queue.most_s(1.0, 5.1) == 1.0
+
+
 def test_an_idle_rank_takes_everything_however_long_batches_took() -> None:
     queue = queue_of()
     queue.computed(30.0, 0.0)  # the first may have compiled something
@@ -195,7 +233,7 @@ def test_whatever_comes_every_share_leaves_once_in_order_and_within_bounds(steps
 
     for what, value in steps:
         if what == "put":
-            in_time = not 0 < value.deadline - now < queue.expected_s(value)
+            in_time = not 0 < queue.most_s(value.deadline - now, now) < queue.expected_s(value)
             free = limits.max_queued_bytes - queue.queued_bytes - value.num_bytes
             fits = queue.queued_bytes + value.num_bytes <= 4 * free if queue.queued_bytes else free >= 0
             if in_time and fits:

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from epmesh import InvalidRequest, NodeInfo, Placement, RankInfo, RankMode, StaleEpoch, View
 from epmesh.frames import num_bytes, tensor_meta
 from epmesh.layout import Ints
-from epmesh_server.ranks.serving_rows import ELSEWHERE, Holders, RouterRows, Rows, parse_router_rows, parse_rows
+from epmesh_server.ranks.serving_rows import (
+    ELSEWHERE,
+    BatchKey,
+    Holders,
+    RouterRows,
+    Rows,
+    announced,
+    parse_router_rows,
+    parse_rows,
+)
 
 HIDDEN = 4
 
@@ -196,3 +205,20 @@ def num_bytes_or_none(meta: Any) -> int | None:
         return num_bytes(meta)
     except InvalidRequest:
         return None
+
+
+HEADER = [tensor_meta("float32", (8, HIDDEN)), tensor_meta("float16", (8, 2)), tensor_meta("int64", (8, 2))]
+
+
+@pytest.mark.parametrize(("ranks", "rows"), [([3], 8), ([3, 4], 6), ([3, 4, 5, 6], 4)])
+def test_a_header_says_how_many_rows_a_rank_will_likely_compute(ranks: list[int], rows: int) -> None:
+    assert announced(2, ranks, HEADER) == (BatchKey(2, HIDDEN, 2, "float32", "float16", "int64"), rows)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "metas"),
+    [([], HEADER), ([3], HEADER[:2]), ([3], [tensor_meta("uint8", (4,))] * 4), ([3], [])],
+    ids=["no ranks", "two tensors", "other shapes", "nothing"],
+)
+def test_a_header_that_is_none_of_rows_says_nothing_of_them(ranks: list[int], metas: list[Any]) -> None:
+    assert announced(None, ranks, metas) is None

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from epmesh import EpmeshError
+from epmesh import EpmeshError, Overloaded
 from epmesh.v1 import front_pb2
 from epmesh_server.driver_tokens import make_token
 from epmesh_server.ranks.driven import DrivenRank, _GroupWorker, _Task
@@ -30,13 +30,20 @@ class Given:
     """A request that its sender has given up; it notes what it was answered."""
 
     cancelled = True
+    client = ""
 
-    def __init__(self) -> None:
-        self.request: Any = SimpleNamespace(WhichOneof=lambda _: "serve_rows")
+    def __init__(self, deadline: float = 0.0, **shapes: list[int]) -> None:
+        self.deadline = deadline
+        self.request: Any = front_pb2.FrontRequest(serve_rows=front_pb2.ServeRows(ranks=[0]), deadline_ms=1000)
+        for dtype, shape in shapes.items():
+            self.request.tensors.add(dtype=dtype, shape=shape)
         self.refusals: list[EpmeshError] = []
 
     def refuse(self, error: EpmeshError) -> None:
         self.refusals.append(error)
+
+
+SHAPES = {"float32": [8, 1], "float16": [8, 1], "int64": [8, 1]}
 
 
 def rows() -> Rows:
@@ -102,6 +109,27 @@ def test_a_desk_that_was_closed_writes_to_no_descriptor_that_took_its_numbers_pl
     finally:
         for fd in (other, number, session_fd):
             os.close(fd)
+
+
+def test_rows_that_would_be_late_are_refused_before_anybody_looks_into_them() -> None:
+    session_fd, stats, queue = os.eventfd(0, os.EFD_NONBLOCK), ServeStats(), ShareQueue(BatchLimits(max_batch_rows=8))
+    session = SimpleNamespace(rank=0, wake_fd=session_fd, calm=lambda: False, view=None)
+    desk = Desk(cast(RankSession, session), queue, stats)
+    queue.computed(0.2)
+    running = QueuedShare(rows(), time.monotonic() + 60, lambda: False, lambda _: None)
+    queue.put(running)
+    assert queue.take(10) == ([running], [])
+    late, looked_into = Given(time.monotonic() + 0.3, **SHAPES), Given(time.monotonic() + 60, **SHAPES)
+    try:
+        with pytest.raises(Overloaded):  # on the thread that asks: nothing was queued for the desk's
+            desk.take_in(cast(Incoming, late))
+        desk.take_in(cast(Incoming, looked_into))
+        assert eventually(lambda: len(looked_into.refusals) == 1)  # it was given up meanwhile
+    finally:
+        desk.close(EpmeshError("over"))
+        os.close(session_fd)
+    assert late.refusals == []
+    assert (stats.refused_unseen, stats.overloaded) == (1, 0)
 
 
 def test_a_drivers_call_that_was_given_up_while_it_waited_is_forgotten() -> None:

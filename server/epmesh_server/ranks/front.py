@@ -71,7 +71,7 @@ class Incoming:
         self._key = key
         self._lock = threading.Lock()  # guards what follows
         self._callbacks: list[Callable[[], None]] = []
-        self._given_up = False
+        self._given_up = self._over = False
 
     @property
     def cancelled(self) -> bool:
@@ -79,10 +79,14 @@ class Incoming:
         return self._given_up or time.monotonic() > self.deadline
 
     def on_cancel(self, callback: Callable[[], None]) -> None:
-        """Has `callback` called, on the front's thread, when the sender gives up; at once if it did already."""
+        """Has `callback` called, on the front's thread, when the sender gives up; at once if it did already.
+
+        Not after the answer: then nobody gives up any more.
+        """
         with self._lock:
             if not self._given_up:
-                self._callbacks.append(callback)
+                if not self._over:
+                    self._callbacks.append(callback)
                 return
         callback()
 
@@ -95,6 +99,12 @@ class Incoming:
     def refuse(self, error: EpmeshError) -> None:
         """Sends a typed error as the answer."""
         self.answer(front_pb2.FrontResponse(error=error.to_proto()))
+
+    def _end(self) -> None:
+        """It is answered. Callbacks know the request: kept, they would keep it until the next garbage collection."""
+        with self._lock:
+            self._callbacks.clear()
+            self._over = True
 
     def give_up(self) -> None:
         """The sender waits no longer."""
@@ -217,15 +227,22 @@ class Front:
 
     def _answer(self, key: _Key, frames: list[Buffer]) -> None:
         with self._lock:
-            incoming = self._open.pop(key, None)
+            incoming = self._release(key)
             if incoming is None:
                 return
-            self._bytes.release(incoming.client, incoming.num_bytes)
-            self._places.release(incoming.client, 1)
             answer = _Answer(key[0], incoming.client, frames)
             self._bytes.hold(answer.client, answer.num_bytes)  # it is made already
             self._answers.put(answer)
             os.eventfd_write(self._wake_fd, 1)
+
+    def _release(self, key: _Key) -> Incoming | None:
+        """Makes room for others; whoever calls it holds the lock. `None`: the request is not open any more."""
+        incoming = self._open.pop(key, None)
+        if incoming is not None:
+            self._bytes.release(incoming.client, incoming.num_bytes)
+            self._places.release(incoming.client, 1)
+            incoming._end()
+        return incoming
 
     # The thread ------------------------------------------------------------------------------------------------
 
@@ -313,16 +330,22 @@ class Front:
             self._admit(key, incoming)
         except EpmeshError as exc:
             self.refused += 1
-            response = front_pb2.FrontResponse(request_id=request.request_id, error=exc.to_proto())
-            self._send(sender, [response.SerializeToString()])
+            self._refuse(key, exc)
             return
         try:
             self._handler(incoming)
-        except EpmeshError as exc:
-            incoming.refuse(exc)
+        except EpmeshError as exc:  # before all answers that wait to be sent
+            with self._lock:
+                still_open = self._release(key) is not None
+            if still_open:
+                self._refuse(key, exc)
         except Exception as exc:  # noqa: BLE001 - the thread must go on, whatever a handler does
             _log.exception("rank=%d front.failed", request.rank)
             incoming.refuse(EpmeshError(f"rank {request.rank} failed: {type(exc).__name__}: {exc}"))
+
+    def _refuse(self, key: _Key, error: EpmeshError) -> None:
+        response = front_pb2.FrontResponse(request_id=key[1], error=error.to_proto())
+        self._send(key[0], [response.SerializeToString()])
 
     @property
     def _name(self) -> str:

@@ -4,6 +4,11 @@ Shares that can be computed together have the same key. The first in turn decide
 key ride along, up to a number of rows. Turns go round the clients by rows, by start-time fair queuing (Goyal, Vin and
 Cheng, 1996): a client's own shares keep their order, none waits for ever, and a client that sends more than it can be
 given waits behind itself alone.
+
+Whoever would be computed too late is refused. A queue may be as long as deadlines allow, which is what a burst needs;
+but where it has not been empty for a while, more is offered than can be done, and its length gains nothing: then it is
+kept to half of that, so that a stall makes nothing late. The distinction is CoDel's (Nichols and Jacobson, "Controlling
+queue delay", 2012), used for admission as in Maurer, "Fail at scale", 2015.
 """
 
 from __future__ import annotations
@@ -23,6 +28,8 @@ _LONGEST_GAP = 4.0  # times max_wait_s: a long pause must not outweigh the burst
 _SLACK = 1.25  # a queue that is filled up to the deadline would have every stall make everything late
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.001, 5.0
 _MAY_COME = 2  # of what waits, at most: so a rank that is not busy refuses nobody for what others might send
+_STANDING_S, _STANDING_BATCHES = 0.1, 4  # a queue that was not empty for longer than this, and so many batches, stands
+_STANDING_PART = 0.5  # of its time that a share may wait in a queue that stands
 _STARTS_KEPT = 64
 _FIRST_RETRY_S = 0.05  # where nothing was measured yet
 
@@ -82,6 +89,16 @@ class Share(Protocol):
         """Whether nobody waits for it any more."""
 
 
+@dataclass(frozen=True)
+class Coming:
+    """Rows that will be a share, as far as can be told before they are looked at."""
+
+    key: Hashable
+    client: Hashable
+    num_rows: int
+    deadline: float
+
+
 _S = TypeVar("_S", bound=Share)
 
 
@@ -96,11 +113,11 @@ class _Waiting(Generic[_S]):
 
 @dataclass(eq=False)
 class _Line(Generic[_S]):
-    """Shares of one key, a heap; when the first of them came, and their rows by client."""
+    """Shares of one key, a heap; when the first of them came, and their rows."""
 
     since: float
     shares: list[_Waiting[_S]] = field(default_factory=list)
-    rows: Counter[Hashable] = field(default_factory=Counter)
+    num_rows: int = 0
 
 
 class BatchQueue(Generic[_S]):
@@ -116,10 +133,12 @@ class BatchQueue(Generic[_S]):
         self.dropped: list[_S] = []
         self._limits = limits
         self._budget = FairBudget(limits.max_queued_bytes)
-        self._rows: Counter[Hashable] = Counter()  # of what waits, by client
+        self._rows: Counter[Hashable] = Counter()  # of what waits or is coming, by client
+        self._rows_of: dict[Hashable, Counter[Hashable]] = {}  # the same by key, then by client; none is empty
         self._now_serving = 0  # virtual time: the start of the share that was taken last
         self._next_start: dict[Hashable, int] = {}  # of a client's next share, where that is not the virtual time
         self._waiting: dict[Hashable, _Line[_S]] = {}  # by key; none is empty
+        self._empty_at = float("-inf")  # when nothing waited last
         self._arrivals = 0
         self._last_arrival = 0.0
         self._gap_s = float("inf")  # mean time between arrivals
@@ -141,12 +160,7 @@ class BatchQueue(Generic[_S]):
         Raises:
             Overloaded: its bytes do not fit, or its results will likely come after its deadline; with a hint.
         """
-        needed_s, left_s = self.expected_s(share), share.deadline - now
-        if 0 < left_s < needed_s:
-            raise Overloaded(
-                min(max(needed_s - left_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S),
-                f"the rows would take {needed_s:.3f} s here, and have {left_s:.3f} s left",
-            )
+        self._check_time(share, now)
         if not self._budget.fits(share.client, share.num_bytes):
             raise Overloaded(
                 self.retry_after_s(),
@@ -161,15 +175,56 @@ class BatchQueue(Generic[_S]):
         self._last_arrival = now
         self._file(share, now)
 
+    def expect(self, coming: Coming, now: float) -> None:
+        """Counts rows that will be put, so that what comes together is not taken in as if each came alone.
+
+        Raises:
+            Overloaded: they will likely be computed after their deadline; with a hint. Then they are not counted.
+        """
+        self._check_time(coming, now)
+        self._count(coming.key, coming.client, coming.num_rows)
+
+    def arrived(self, coming: Coming) -> None:
+        """Expected rows are put now, or will never be."""
+        self._count(coming.key, coming.client, -coming.num_rows)
+
+    def _check_time(self, share: _S | Coming, now: float) -> None:
+        needed_s, left_s = self.expected_s(share), share.deadline - now
+        most_s = self.most_s(left_s, now)
+        if 0 < most_s < needed_s:
+            only = f", of which a queue that stands leaves {most_s:.3f} s" if most_s < left_s else ""
+            raise Overloaded(
+                min(max(needed_s - most_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S),
+                f"the rows would take {needed_s:.3f} s here, and have {left_s:.3f} s left{only}",
+            )
+
+    def most_s(self, left_s: float, now: float) -> float:
+        """How long a share may take that has `left_s`; two batches, of which one is computed now, always may."""
+        standing_s = max(_STANDING_S, _STANDING_BATCHES * self._batch_s)
+        if not self._waiting or now - self._empty_at <= standing_s:
+            return left_s
+        return min(left_s, max(_STANDING_PART * left_s, 2 * self._batch_s * _SLACK))
+
+    def _count(self, key: Hashable, client: Hashable, rows: int) -> None:
+        of_key = self._rows_of.setdefault(key, Counter())
+        for counter in (of_key, self._rows):
+            counter[client] += rows
+            if not counter[client]:
+                del counter[client]
+        if not of_key:
+            del self._rows_of[key]
+
     def _file(self, share: _S, now: float) -> None:
         client, rows = share.client, share.num_rows
+        if not self._waiting:
+            self._empty_at = now
         start = max(self._now_serving, self._next_start.get(client, 0))
         self._next_start[client] = start + rows
         self.queued_rows += rows
-        self._rows[client] += rows
+        self._count(share.key, client, rows)
         self._budget.hold(client, share.num_bytes)
         line = self._waiting.setdefault(share.key, _Line(now))
-        line.rows[client] += rows
+        line.num_rows += rows
         heapq.heappush(line.shares, _Waiting(start, self._arrivals, share))
 
     def take(self, now: float) -> list[_S]:
@@ -211,35 +266,35 @@ class BatchQueue(Generic[_S]):
         weight = _SMOOTHING if seconds > self._batch_s else _SMOOTHING_DOWN
         self._batch_s = self._batch_s + weight * (seconds - self._batch_s) if self._batch_s else seconds
 
-    def expected_s(self, share: _S) -> float:
+    def expected_s(self, share: _S | Coming) -> float:
         """When `share` will likely be computed, in seconds from now, by how long batches took lately.
 
         0 where nothing waits and nothing is computed, however long they took: so there is always a newer measurement.
         """
-        if not (self._waiting or self._computing):
+        if not (self._rows_of or self._computing):
             return 0.0
         own = self._rows[share.client] + share.num_rows
-        before = {key: self._rows_before(line, share.client, own) for key, line in self._waiting.items()}
-        waiting = {key: line.rows.total() for key, line in self._waiting.items()}
+        before = {key: self._rows_before(rows, share.client, own) for key, rows in self._rows_of.items()}
+        waiting = {key: rows.total() for key, rows in self._rows_of.items()}
         batches = min(self._batches_with(before, share), _MAY_COME * self._batches_with(waiting, share))
         return (batches + self._computing) * self._batch_s * _SLACK
 
-    def _rows_before(self, line: _Line[_S], client: Hashable, own: int) -> float:
-        """Rows of a line that come before the last of `own` rows of a client: of every other as many.
+    def _rows_before(self, rows_of: Counter[Hashable], client: Hashable, own: int) -> float:
+        """Rows of one key that come before the last of `own` rows of a client: of every other as many.
 
         Of one that has fewer, too: it may still send them, and they would come first.
         """
-        others = (rows * own / max(self._rows[each], 1) for each, rows in line.rows.items() if each != client)
-        return line.rows[client] + sum(others)
+        others = (rows * own / max(self._rows[each], 1) for each, rows in rows_of.items() if each != client)
+        return rows_of[client] + sum(others)
 
-    def _batches_with(self, rows: Mapping[Hashable, float], share: _S) -> int:
+    def _batches_with(self, rows: Mapping[Hashable, float], share: _S | Coming) -> int:
         return self._batches({**rows, share.key: rows.get(share.key, 0) + share.num_rows}.values())
 
     def retry_after_s(self) -> float:
         """The hint where bytes do not fit: how long what waits may take."""
         if not self._batch_s:
             return _FIRST_RETRY_S
-        wait_s = self._batches(line.rows.total() for line in self._waiting.values()) * self._batch_s
+        wait_s = self._batches(rows.total() for rows in self._rows_of.values()) * self._batch_s
         return min(max(wait_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
 
     def _batches(self, rows: Iterable[float]) -> int:
@@ -265,7 +320,7 @@ class BatchQueue(Generic[_S]):
         lonely = self._last_arrival + self._gap_s > latest or len(self._waiting) > 1
         if lonely or arrived <= self._computed_until:
             return arrived
-        return arrived if line.rows.total() >= self._limits.max_batch_rows else latest
+        return arrived if line.num_rows >= self._limits.max_batch_rows else latest
 
     def _skip_dead(self, now: float) -> None:
         """Removes the dead from the heads, so that every head is alive."""
@@ -277,10 +332,8 @@ class BatchQueue(Generic[_S]):
 
     def _pop(self, line: _Line[_S]) -> _S:
         share = heapq.heappop(line.shares).share
-        for rows in (line.rows, self._rows):
-            rows[share.client] -= share.num_rows
-            if not rows[share.client]:
-                del rows[share.client]
+        line.num_rows -= share.num_rows
+        self._count(share.key, share.client, -share.num_rows)
         self.queued_rows -= share.num_rows
         self._budget.release(share.client, share.num_bytes)
         return share

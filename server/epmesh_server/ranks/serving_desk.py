@@ -16,16 +16,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 from epmesh.curve import KeyPair
 from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, Overloaded, PeerLost, StaleEpoch
 from epmesh.frames import Buffer, num_bytes
 from epmesh.front import INLINE, FrontClient, FrontPeer
+from epmesh.hold_offs import HoldOffs
 from epmesh.layout import Ints
 from epmesh.v1 import front_pb2
 from epmesh.view import View
 from epmesh_server.ranks.front import Incoming
 from epmesh_server.ranks.serve_memory import ServeMemories, ServeMemory, Slab
+from epmesh_server.ranks.serving_batch import Coming
 from epmesh_server.ranks.serving_experts import Outcome, QueuedShare, ServeStats, ShareQueue
 from epmesh_server.ranks.serving_request import (
     NeighbourShare,
@@ -35,7 +38,7 @@ from epmesh_server.ranks.serving_request import (
     is_done,
     result_room,
 )
-from epmesh_server.ranks.serving_rows import Bytes, Holders, RouterRows, Rows, parse_router_rows, parse_rows
+from epmesh_server.ranks.serving_rows import Bytes, Holders, RouterRows, Rows, announced, parse_router_rows, parse_rows
 from epmesh_server.ranks.session import RankSession
 from epmesh_server.ranks.tensors import as_rows, dtype_from_name, meta_of
 
@@ -60,6 +63,7 @@ class Desk:
         self._queue = queue
         self._stats = stats
         self._memories = ServeMemories(session)
+        self._held_off = HoldOffs()  # by neighbour and client
         self._client: FrontClient | None = None
         self._holders: Holders | None = None
         self._requests: set[RouterRequest] = set()
@@ -82,13 +86,51 @@ class Desk:
 
         Raises:
             InvalidRequest: it asks for something else.
+            Overloaded: by its header alone it will not be answered in time.
         """
         kind = incoming.request.WhichOneof("request")
         if kind not in ("serve_rows", "serve_share"):
             raise InvalidRequest(f"rank {self._me} serves routers; it takes no {kind}")
         self.last_request = time.monotonic()
         take = self._take_rows if kind == "serve_rows" else self._take_share
-        self._post(lambda: self._answered_if_wrong(incoming, take))
+        coming = self._expect(incoming)
+        self._post(lambda: self._look_into(incoming, take, coming))
+
+    def _expect(self, incoming: Incoming) -> Coming | None:
+        """Refuses what will not be in time, before anybody works for it: else a rank that is asked for too much would
+        spend its time on what it then refuses (Mogul and Ramakrishnan, "Eliminating receive livelock", 1996)."""
+        request, now = incoming.request, time.monotonic()
+        asked: front_pb2.ServeRows | front_pb2.ServeShare = request.serve_share
+        ranks, deadline = [self._me], incoming.deadline
+        if request.HasField("serve_rows"):
+            asked = request.serve_rows
+            ranks, deadline = list(request.serve_rows.ranks), give_up_at(now, deadline)
+        layer = asked.layer if asked.HasField("layer") else None
+        found = announced(layer, ranks, request.tensors)
+        if found is None:
+            return None
+        try:
+            self._check_held_off(incoming, ranks, now)
+            if self._me not in ranks:
+                return None
+            coming = Coming(found[0], incoming.client, found[1], deadline)
+            self._queue.expect(coming, now)
+        except Overloaded:
+            self._stats.refused_unseen += 1
+            raise
+        return coming
+
+    def _check_held_off(self, incoming: Incoming, ranks: Sequence[int], now: float) -> None:
+        """Whether a neighbour refused as much a moment ago."""
+        for rank in ranks:
+            wait_s = self._held_off.wait_s((rank, incoming.client), now=now, **_effort(incoming))
+            if wait_s:
+                raise Overloaded(wait_s, f"rank {rank} refused as many rows of this client a moment ago")
+
+    def _look_into(self, incoming: Incoming, take: Callable[[Incoming], None], coming: Coming | None) -> None:
+        if coming is not None:
+            self._queue.arrived(coming)
+        self._answered_if_wrong(incoming, take)
 
     def close(self, error: EpmeshError) -> None:
         """Refuses what is open, and ends."""
@@ -288,23 +330,33 @@ class Desk:
 
     def _take_answer(self, request: RouterRequest, share: NeighbourShare) -> None:
         """A neighbour's call is over."""
-        if share.answer.cancelled():
+        answer, share.answer = share.answer, None  # its callbacks know share and request
+        if answer is None or answer.cancelled():
             return
-        error = share.answer.exception()
+        error = answer.exception()  # not raised: a traceback would keep everything until the next garbage collection
         if request.over:
             share.release()
             return
+        if isinstance(error, StaleEpoch) and share.slab is not None:
+            share.release()  # a neighbour may come too late to map that memory; frames never come too late
+            self._announce(request, share.rank, as_frames=True)
+            return
+        if isinstance(error, EpmeshError):
+            self._hold_off(request.incoming, share.rank, error)
+            self._fail(request, blamed(error, share.rank, request.view.epoch))
+            return
         try:
-            if isinstance(error, StaleEpoch) and share.slab is not None:
-                share.release()  # a neighbour may come too late to map that memory; frames never come too late
-                self._announce(request, share.rank, as_frames=True)
-                return
-            results = share.results(share.answer.result())
+            results = share.results(answer.result())
         except EpmeshError as exc:
             self._fail(request, blamed(exc, share.rank, request.view.epoch))
         else:
             if request.add(share.rank, share.index, results):
                 self._finish(request)
+
+    def _hold_off(self, incoming: Incoming, rank: int, error: EpmeshError) -> None:
+        if isinstance(error, Overloaded):
+            who, now = (rank, incoming.client), time.monotonic()
+            self._held_off.note(who, retry_after_s=error.retry_after_s, now=now, **_effort(incoming))
 
     def _post_own(self, request: RouterRequest, index: Ints, outcome: Outcome) -> None:
         """This rank's own results are there; on the computing thread, so they are copied."""
@@ -346,13 +398,17 @@ class Desk:
         request.over = True
         self._requests.discard(request)
         for share in request.neighbours:
-            if not share.answer.cancel() and share.answer.exception() is None:  # `neighbour_is_done` may wait for us
-                share.answered = True
+            answer, share.answer = share.answer, None
+            if answer is not None and not answer.cancel() and answer.exception() is None:
+                share.answered = True  # `neighbour_is_done` may wait for us
             share.release()
 
     # Neighbours' shares ----------------------------------------------------------------------------------------
 
     def _take_share(self, incoming: Incoming) -> None:
+        if incoming.cancelled:
+            self._forget(incoming)
+            return
         wanted = incoming.request.serve_share
         view = self._session.view
         assert view is not None
@@ -396,6 +452,17 @@ class Desk:
         if self._holders is None or self._holders.view is not view:
             self._holders = Holders(view)
         return self._holders
+
+
+class _Effort(TypedDict):
+    rows: int
+    left_s: float
+
+
+def _effort(incoming: Incoming) -> _Effort:
+    """What a request asks for, as `HoldOffs` compares it."""
+    rows = incoming.request.tensors[0].shape[0] if incoming.request.tensors else 0
+    return _Effort(rows=rows, left_s=incoming.request.deadline_ms / 1000)
 
 
 def _answer_share(incoming: Incoming, memory: ServeMemory | None, outcome: Outcome) -> None:

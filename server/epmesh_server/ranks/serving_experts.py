@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest
-from epmesh_server.ranks.serving_batch import BatchLimits, BatchQueue
+from epmesh_server.ranks.serving_batch import BatchLimits, BatchQueue, Coming
 from epmesh_server.ranks.serving_rows import BatchKey, Rows
 from epmesh_server.ranks.tensors import accumulator, dtype_from_name, dtype_name, from_bytes
 
@@ -38,7 +38,8 @@ class ServeStats:
         batches, rows: calls of the experts, and their rows.
         experts_s: seconds in them.
         cancelled: requests that their routers gave up, and shares that were given up with them.
-        overloaded: requests refused because too much waited.
+        overloaded: requests refused because too much waited, once they were looked into.
+        refused_unseen: requests refused for that by their headers alone.
         failures: requests refused for any other reason.
     """
 
@@ -49,6 +50,7 @@ class ServeStats:
     experts_s: float = 0.0
     cancelled: int = 0
     overloaded: int = 0
+    refused_unseen: int = 0
     failures: int = 0
 
     @property
@@ -115,6 +117,16 @@ class ShareQueue:
         with self._changed:
             self._queue.put(share, time.monotonic())
             self._changed.notify()
+
+    def expect(self, coming: Coming, now: float) -> None:
+        """As `BatchQueue.expect`."""
+        with self._changed:
+            self._queue.expect(coming, now)
+
+    def arrived(self, coming: Coming) -> None:
+        """As `BatchQueue.arrived`."""
+        with self._changed:
+            self._queue.arrived(coming)
 
     def take(self, timeout_s: float) -> tuple[list[QueuedShare], list[QueuedShare]]:
         """The next batch, and shares that nobody waits for any more; waits until there is one of them or time is up."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from epmesh.view import RankMode, View
 Bytes = npt.NDArray[np.uint8]
 
 ELSEWHERE = 127  # a target that is not this node's
+_MANY = 1024
 _ID_DTYPES = ("int32", "int64")
 
 
@@ -106,6 +108,22 @@ def parse_rows(layer: int | None, metas: Sequence[frame_pb2.TensorMeta], tensors
         np.frombuffer(tensors[1], np.uint8).reshape(rows, key.num_topk * ITEM_BYTES[weights.dtype]),
         np.frombuffer(tensors[2], np.dtype(ids.dtype)).reshape(rows, key.num_topk),
     )
+
+
+def announced(
+    layer: int | None, ranks: Sequence[int], metas: Sequence[frame_pb2.TensorMeta]
+) -> tuple[BatchKey, int] | None:
+    """What a header says of the rows that one of `ranks` will compute: their key, and how many there likely are.
+
+    As many as if ids went to all of `ranks` alike: before the ids are looked at nobody knows. `None` where the header
+    is none of rows; whoever looks at them says why.
+    """
+    if len(metas) < 3 or not ranks or any(len(meta.shape) != 2 for meta in metas[:3]):
+        return None
+    hidden, weights, ids = metas[:3]
+    rows, num_topk = hidden.shape[0], ids.shape[1]
+    key = BatchKey(layer, hidden.shape[1], num_topk, hidden.dtype, weights.dtype, ids.dtype)
+    return key, math.ceil(rows * (1 - (1 - 1 / len(ranks)) ** min(num_topk, _MANY)))
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def _serving_stats(rank: RankProcess) -> rank_service_pb2.ServingStats:
         rows=counted.rows,
         experts_s=counted.experts_s,
         cancelled=counted.cancelled,
-        overloaded=counted.overloaded,
+        overloaded=counted.overloaded + counted.refused_unseen,
         failures=counted.failures,
         open_requests=front.open_requests if front is not None else 0,
         open_bytes=front.open_bytes if front is not None else 0,
