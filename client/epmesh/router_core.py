@@ -22,6 +22,7 @@ from epmesh.byte_budget import ByteBudget, Claim
 from epmesh.errors import DeadlineExceeded, EpmeshError, InvalidRequest, MeshUnavailable, Overloaded, PeerLost
 from epmesh.forward import CONFIRM_S, Forward, NodeCall, Tokens, lost_ranks
 from epmesh.front import check_timeout
+from epmesh.hold_offs import HoldOffs
 from epmesh.router_stats import RouterStats, StatsRecorder
 from epmesh.routes import Identity, Routes, identity, serves
 from epmesh.row_transport import FrontRows, GrpcRows, RowTransport, call_parts, check_transport, fronts_reachable
@@ -111,6 +112,7 @@ class RouterCore:
         self.options = options
         self.stats = StatsRecorder()
         self.budget = ByteBudget(options.max_inflight_bytes)
+        self.held_off = HoldOffs()  # by the ranks that were to compute
         self._mesh = mesh
         self._make_transport = make_transport or (
             lambda name: FrontRows(mesh.tls) if name == "zmq" else GrpcRows(mesh.tls)
@@ -317,6 +319,7 @@ class Run:
             routes = self._follow()
             shunned, follows = self._core.shunned(now), self._core.follows
             self._unsent += self._forward.plan(routes, self._turn, self._pick, now, shunned, follows=follows)
+            self._refuse_here(now)
             if self._unsent and self._has_room():
                 self._send()
             return self._forward.done
@@ -347,6 +350,11 @@ class Run:
             self._forward.fail(call.number, error, now)
             if isinstance(error, PeerLost):
                 self._core.shun(lost_ranks(call, error), now)
+            if isinstance(error, Overloaded):
+                left_s, rows = self._deadline - sent_at, len(call.part.rows)
+                self._core.held_off.note(
+                    _asked(call), rows=rows, left_s=left_s, retry_after_s=error.retry_after_s, now=now
+                )
             return
         if error is not None:
             raise error
@@ -410,6 +418,19 @@ class Run:
             )
         return self._claim.held
 
+    def _refuse_here(self, now: float) -> None:
+        """Sends nothing of a forward of which a part was refused a moment ago, and would be again."""
+        left_s = self._deadline - now
+        for call in self._unsent:
+            rows = len(call.part.rows)
+            wait_s = self._core.held_off.wait_s(_asked(call), rows=rows, left_s=left_s, now=now)
+            if wait_s:
+                slot = call.part.node.slot
+                why = f"a rank of node {slot} refused as much a moment ago; retry after {wait_s:.3f} s"
+                self._forward.fail(call.number, Overloaded(wait_s, why), now)
+                self._unsent = []
+                return
+
     def _send(self) -> None:
         transport = self._core.transport()
         calls, self._unsent = self._unsent, []
@@ -436,6 +457,11 @@ class Run:
             return DeadlineExceeded(late[0], 0, f"ranks {', '.join(map(str, late[:16]))} did not answer {within}")
         why = f"; the last refusal: {self._forward.refusal}" if self._forward.refusal else ""
         return DeadlineExceeded(-1, 0, f"no rank or view to go on with {within}{why}")
+
+
+def _asked(call: NodeCall) -> tuple[Identity, ...]:
+    """Who refuses where a call is refused: one of these, for all that is told."""
+    return tuple(identity(info) for info in call.part.ranks)
 
 
 def make_tokens(hidden_states: Any, topk_weights: Any, topk_ids: Any, layer: int | None) -> Tokens:

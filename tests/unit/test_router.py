@@ -32,6 +32,7 @@ from epmesh.errors import (
     StaleEpoch,
 )
 from epmesh.forward import NodeCall
+from epmesh.hold_offs import LONGEST_S
 from epmesh.router import AsyncRouter, Router
 from epmesh.router_core import RouterCore, RouterOptions, Run
 from epmesh.view import View
@@ -209,6 +210,23 @@ def test_beyond_the_budget_a_forward_waits_for_room(make_bench: MakeBench) -> No
         assert np.array_equal(second.result(10), expected(*given))
     with pytest.raises(InvalidRequest, match="send fewer tokens at once, or raise it"):
         bench.router.forward(*batch(2, seed=1))
+
+
+def test_what_a_rank_refused_is_not_sent_again_before_it_may_be_taken(make_bench: MakeBench) -> None:
+    given = batch()
+    bench = make_bench(make_view(1, {0: range(8)}))
+    bench.fail_once(Overloaded(60.0, "full"), 0)
+    for why in ("full", "node 0 refused as much a moment ago"):
+        with pytest.raises(Overloaded, match=why) as refused:
+            bench.router.forward(*given, timeout=5)
+    assert 0 < refused.value.retry_after_s <= LONGEST_S
+    assert len(bench.transport.calls) == 1
+    assert bench.core.budget.held_bytes == 0
+    fewer = tuple(each[:3] for each in given)
+    assert np.array_equal(bench.router.forward(*fewer, timeout=5), expected(*fewer))
+    assert np.array_equal(bench.router.forward(*given, timeout=50), expected(*given))
+    bench.core.held_off.note(((0, 1),), rows=1, left_s=5.0, retry_after_s=0.0, now=time.monotonic())
+    assert np.array_equal(bench.router.forward(*given, timeout=5), expected(*given))
 
 
 def test_close_fails_what_is_pending_and_what_comes_after(make_bench: MakeBench) -> None:
