@@ -284,16 +284,14 @@ class Desk:
         info = request.view.ranks[rank]
         peer = FrontPeer(rank, info.incarnation, info.front_endpoint, info.curve_key)
         timeout_s = max(request.deadline - time.monotonic(), 0.001)
+        share = NeighbourShare(rank, info.incarnation, index, slab, result_at)
 
-        def neighbour_is_done() -> None:
-            share.neighbour_is_done()  # there is none yet while `call` runs, and the answer may be there
-
-        def on_answer(response: front_pb2.FrontResponse) -> None:
+        def on_answer(response: front_pb2.FrontResponse) -> None:  # it may come while `call` runs
             if is_done(response):
-                self._post(neighbour_is_done)
+                self._post(share.neighbour_is_done)
 
         answer = self._caller(request.view).call(peer, message, frames, timeout_s=timeout_s, on_answer=on_answer)
-        share = NeighbourShare(rank, info.incarnation, index, slab, result_at, answer)
+        share.answer = answer
         request.neighbours.append(share)
         answer.add_done_callback(lambda _: self._post(lambda: self._take_answer(request, share)))
 
@@ -337,15 +335,15 @@ class Desk:
         if request.over:
             share.release()
             return
-        if isinstance(error, StaleEpoch) and share.slab is not None:
-            share.release()  # a neighbour may come too late to map that memory; frames never come too late
-            self._announce(request, share.rank, as_frames=True)
-            return
-        if isinstance(error, EpmeshError):
-            self._hold_off(request.incoming, share.rank, error)
-            self._fail(request, blamed(error, share.rank, request.view.epoch))
-            return
         try:
+            if isinstance(error, StaleEpoch) and share.slab is not None:
+                share.release()  # a neighbour may come too late to map that memory; frames never come too late
+                self._announce(request, share.rank, as_frames=True)
+                return
+            if isinstance(error, EpmeshError):
+                self._hold_off(request.incoming, share.rank, error)
+                self._fail(request, blamed(error, share.rank, request.view.epoch))
+                return
             results = share.results(answer.result())
         except EpmeshError as exc:
             self._fail(request, blamed(exc, share.rank, request.view.epoch))

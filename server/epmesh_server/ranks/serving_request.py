@@ -37,7 +37,7 @@ class NeighbourShare:
         incarnation: of the neighbour.
         slab: where rows and results are; `None` where they travel as frames.
         result_at: where the results start in the slab.
-        answer: of the neighbour; `None` once it was looked at.
+        answer: of the neighbour; `None` before it was asked, and once its answer was looked at.
         answered: whether the neighbour said that it is done, so that it writes no more; an answer that was given up
             may be long in coming.
         released: whether the slab is of no use here any more.
@@ -48,7 +48,7 @@ class NeighbourShare:
     index: Ints
     slab: Slab | None
     result_at: int
-    answer: Future[FrontReply] | None
+    answer: Future[FrontReply] | None = None
     answered: bool = False
     released: bool = False
 
