@@ -166,30 +166,28 @@ def test_what_its_callbacks_know_of_a_request_is_let_go_with_its_answer(front: F
         gc.enable()
 
 
-def test_what_a_handler_refuses_goes_before_answers_that_wait(
-    front: Front, client: FrontClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sent: list[bytes] = []
-    send, first = front._send, []
+def test_what_a_handler_refuses_goes_before_answers_that_wait(front: Front) -> None:
+    taken: list[Incoming] = []
 
     def handle(incoming: Incoming) -> None:
-        first.append(incoming)
-        if len(first) == 1:
-            return
-        first[0].answer()  # queued, for this thread is busy
-        raise Overloaded(0.25, "enough")
+        taken.append(incoming)
+        if len(taken) == 2:
+            taken[0].answer()  # it is queued, for this thread is busy
+            raise Overloaded(0.25, "enough")
 
-    def noted(sender: bytes, frames: list[Any]) -> list[zmq.Frame]:
-        sent.append(frames[0])
-        return send(sender, frames)
-
-    monkeypatch.setattr(front, "_send", noted)
     front.handle(handle)
-    answered, refused = (client.call(peer(front), rows(), timeout_s=5) for _ in range(2))
-    with pytest.raises(Overloaded):
-        refused.result(5)
-    answered.result(5)
-    assert [front_pb2.FrontResponse.FromString(each).HasField("error") for each in sent] == [True, False]
+    with zmq.Context[zmq.Socket[bytes]]() as context, context.socket(zmq.DEALER) as asker:
+        asker.setsockopt(zmq.LINGER, 0)
+        asker.setsockopt(zmq.RCVTIMEO, 10_000)
+        asker.connect(front.endpoint)
+        for number in (1, 2):
+            request = rows()
+            request.mesh_id, request.rank, request.incarnation = MESH, RANK, INCARNATION
+            request.request_id, request.deadline_ms = number, 60_000
+            asker.send(request.SerializeToString())
+        came = [front_pb2.FrontResponse.FromString(asker.recv()) for _ in range(2)]
+    assert [(each.request_id, each.HasField("error")) for each in came] == [(2, True), (1, False)]
+    assert came[0].error.retry_after_s == 0.25
     assert front.open_requests == 0
 
 

@@ -44,6 +44,8 @@ _REQUESTS_A_TURN = (
     64  # taken in before answers are sent again; answers cannot outrun requests, so they need no such bound
 )
 
+_NOBLOCK, _SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)  # as enumerations they cost more than the call
+
 _Key = tuple[bytes, int]  # the sender's connection, and its number for the request
 _Account = tuple[bytes, str]  # a connection, and for whom
 
@@ -292,19 +294,22 @@ class Front:
         try:
             self._router.send_multipart([sender, *made], flags=zmq.NOBLOCK, copy=False)
         except zmq.Again:
-            self.unread += 1
-            if self.unread & (self.unread - 1) == 0:  # the first, the second, the fourth ...
-                _log.warning("rank=%s front.unread: %d answers dropped, nobody reads them", self._name, self.unread)
+            self._note_unread()
             return []
         except zmq.ZMQError:
             return []  # the sender is gone
         return made
 
+    def _note_unread(self) -> None:
+        self.unread += 1
+        if self.unread & (self.unread - 1) == 0:  # the first, the second, the fourth ...
+            _log.warning("rank=%s front.unread: %d answers dropped, nobody reads them", self._name, self.unread)
+
     def _receive(self) -> None:
         """Takes in what is there, as far as one turn goes: under a flood answers would otherwise never leave."""
         for _ in range(_REQUESTS_A_TURN):
             try:
-                sender, *frames = self._router.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+                sender, *frames = self._next_message()
             except zmq.Again:
                 return
             try:
@@ -312,6 +317,13 @@ class Front:
             except InvalidRequest as exc:
                 self.refused += 1
                 self._junk.note("", f"rank {self._name}: {exc}")
+
+    def _next_message(self) -> list[zmq.Frame]:
+        """As `recv_multipart`, which asks the socket after every frame whether there are more."""
+        frames = [self._router.recv(_NOBLOCK, copy=False)]
+        while frames[-1].more:
+            frames.append(self._router.recv(_NOBLOCK, copy=False))
+        return frames
 
     def _take_in(self, route: zmq.Frame, frames: list[Buffer]) -> None:
         request, sender = _parse(frames), route.bytes
@@ -345,7 +357,13 @@ class Front:
 
     def _refuse(self, key: _Key, error: EpmeshError) -> None:
         response = front_pb2.FrontResponse(request_id=key[1], error=error.to_proto())
-        self._send(key[0], [response.SerializeToString()])
+        try:
+            self._router.send(key[0], _NOBLOCK | _SNDMORE)
+            self._router.send(response.SerializeToString(), _NOBLOCK)
+        except zmq.Again:
+            self._note_unread()
+        except zmq.ZMQError:
+            pass  # the sender is gone
 
     @property
     def _name(self) -> str:
