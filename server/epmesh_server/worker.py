@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 
@@ -44,6 +44,11 @@ class Worker:
             self._calls.put(None)
             if wait:
                 thread.join()
+
+    def join(self, timeout_s: float) -> None:
+        """Waits until everything submitted is done, and no longer than `timeout_s`."""
+        if self._newest is not None:
+            wait([self._newest], timeout_s)
 
     def _run(self) -> None:
         while (entry := self._calls.get()) is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -325,6 +327,19 @@ def wait_for_nothing(comm: Communicator) -> str:
 def test_an_open_receive_of_what_nobody_sends_ends_at_the_limit() -> None:
     expected = "DeadlineExceeded rank 1, MeshUnavailable"
     assert together(2, wait_for_nothing, exchange_timeout_s=1.0) == [expected] * 2
+
+
+def receive_and_leave(comm: Communicator) -> None:
+    if comm.rank == 0:
+        comm.batch_isend_irecv([SimpleNamespace(op=dist.irecv, tensor=torch.zeros(4), group_peer=1)])
+    comm.all_reduce(torch.ones(1))
+
+
+def test_a_process_ends_well_that_leaves_a_receive_open_for_ever() -> None:
+    works = f"from {__name__} import receive_and_leave, together"
+    code = f"{works}; together(2, receive_and_leave); print('left')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "left\n", "")
 
 
 def refused_by_all(comm: Communicator) -> tuple[str, float]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import struct
+import weakref
 from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -19,6 +21,7 @@ from epmesh_server.ranks.tensors import Bytes, as_bytes, dtype_from_name, from_b
 from epmesh_server.worker import Worker
 
 _HEAD = struct.Struct("<IxxxxQ")  # bytes of the TensorMeta that follows; messages taken of the receiver
+_END_S = 2.0  # what a thread may take to come out of a receive that was ended
 _HEAD_BYTES = 256  # head and TensorMeta, which has at most 8 dimensions
 
 
@@ -58,6 +61,7 @@ class FlatMessages:
         announced = Announced(tensor, lambda: self._member.mail.await_future(came, src))
         if src not in self._receivers:
             self._receivers[src] = Worker(f"epmesh-receiver-{src}")
+            _RECEIVING.add(self)
         came = self._receivers[src].submit(lambda: announced.fill(self._next(src, patient=True), self._name(src)))
         return announced
 
@@ -84,6 +88,14 @@ class FlatMessages:
         for receiver in self._receivers.values():
             receiver.close(wait=False)
 
+    def end_receives(self) -> None:
+        """Ends what threads wait for, and with it the process group: the interpreter dies of threads that are in it."""
+        busy = [(src, receiver) for src, receiver in self._receivers.items() if receiver.busy]
+        for src, _ in busy:
+            self._member.mail.end_recv(src)
+        for _, receiver in busy:
+            receiver.join(_END_S)
+
     def _next(self, src: int, *, patient: bool = False) -> torch.Tensor:
         """The next message of `src`; `patient`: whoever waits for it here looks at the clock."""
         member = self._member
@@ -106,6 +118,15 @@ class FlatMessages:
             for work in unread[0].works:
                 member.mail.await_peer(work, dst)
             unread.popleft()
+
+
+_RECEIVING: weakref.WeakSet[FlatMessages] = weakref.WeakSet()  # those with threads that receive
+
+
+@atexit.register  # not before: until then the group may be of use to its maker
+def _end_receives() -> None:
+    for messages in list(_RECEIVING):
+        messages.end_receives()
 
 
 class _Sent:

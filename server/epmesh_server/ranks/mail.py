@@ -8,6 +8,7 @@ again.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -42,6 +43,7 @@ class Mail:
         self._ranks = ranks
         self._timeout_s = timeout_s
         self._failure: EpmeshError | None = None
+        self._receiving: dict[int, Any] = {}  # the work of the receive that is under way, by peer
 
     def check(self) -> None:
         """Raises `MeshUnavailable` where an operation failed before."""
@@ -88,8 +90,20 @@ class Mail:
         data = np.empty(size, np.uint8)
         if size:
             work = self._group.recv([torch.from_numpy(data)], src, _TAG)
-            self.await_peer(work, src, _FOR_EVER_S if patient else self._timeout_s)
+            self._receiving[src] = work
+            try:
+                self.await_peer(work, src, _FOR_EVER_S if patient else self._timeout_s)
+            finally:
+                del self._receiving[src]
         return data
+
+    def end_recv(self, src: int) -> None:
+        """Fails the receive from `src` that another thread waits for, if any, and all else in the group with it."""
+        work = self._receiving.get(src)
+        if work is not None:
+            self._failed(MeshUnavailable("the process ends"))
+            with contextlib.suppress(RuntimeError):
+                work.wait(timedelta(milliseconds=1))  # a wait that times out takes all of Gloo's connections down
 
     def await_peer(self, work: Any, peer: int, timeout_s: float | None = None) -> None:
         """Waits for a send to or a receive from `peer`."""
