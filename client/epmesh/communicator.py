@@ -133,7 +133,8 @@ class Communicator(abc.ABC):
 
         It returns when the sends are under way; receives take in what comes whenever this rank is in a call of the
         group, so two ranks may have more for each other than may wait unread. A receive for which nothing came in
-        time raises `DeadlineExceeded`, stays open, and may be waited for again.
+        time raises `DeadlineExceeded`, stays open, and may be waited for again; not so over process groups of the
+        caller's own (`DeviceCommunicator`), which are of no use once one was late.
 
         Each element has ``op`` (``torch.distributed.isend`` or ``irecv``), ``tensor`` and ``group_peer`` (rank in the
         group; ``peer``, a global rank, where that is missing).

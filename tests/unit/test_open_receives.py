@@ -22,7 +22,7 @@ class Comm:
         self.view = SimpleNamespace(membership_epoch=1)
         self.opened: list[tuple[torch.Tensor, int]] = []
 
-    def open_receives(self, wanted: list[tuple[torch.Tensor, int]]) -> list[Any]:
+    def _open_receives(self, wanted: list[tuple[torch.Tensor, int]]) -> list[Any]:
         self.opened += wanted
         return list(wanted)
 

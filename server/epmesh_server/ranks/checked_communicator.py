@@ -201,21 +201,21 @@ class CheckedCommunicator(Communicator):
     def batch_isend_irecv(self, p2p_ops: list[Any]) -> list[Any]:
         planned = [args.check_p2p_op(op, self.ranks) for op in p2p_ops]
         # Receives are opened first: where both sides have more to send than may wait unread, they make room.
-        receives = self.open_receives([(tensor, peer) for is_send, tensor, peer in planned if not is_send])
+        receives = self._open_receives([(tensor, peer) for is_send, tensor, peer in planned if not is_send])
         try:
             for is_send, tensor, peer in planned:
                 if is_send:
                     self.send(tensor, peer)
         except BaseException:
-            self.close_receives(receives)
+            self._close_receives(receives)
             raise
         opened = iter(receives)
         return [
-            Work() if is_send else Work(functools.partial(self.finish_receive, next(opened)))
+            Work() if is_send else Work(functools.partial(self._finish_receive, next(opened)))
             for is_send, _, _ in planned
         ]
 
-    def open_receives(self, wanted: Sequence[tuple[torch.Tensor, int]]) -> list[Announced]:
+    def _open_receives(self, wanted: Sequence[tuple[torch.Tensor, int]]) -> list[Announced]:
         """Opens receives, each into a tensor on the host from a rank in the group.
 
         They take what comes while this rank is in any call of the group, and come before later receives.
@@ -225,12 +225,12 @@ class CheckedCommunicator(Communicator):
                 args.check_peer("group_peer", peer, self.world_size)
             return [self._point_to_point.announce(tensor, peer) for tensor, peer in wanted]
 
-    def finish_receive(self, receive: Announced) -> None:
+    def _finish_receive(self, receive: Announced) -> None:
         """Waits for an open receive."""
         with self._turn():
             receive.finish()
 
-    def close_receives(self, receives: Collection[Announced]) -> None:
+    def _close_receives(self, receives: Collection[Announced]) -> None:
         """Nobody will wait for these; messages that have not come go to later receives."""
         with self._turn(collective=False):
             self._point_to_point.withdraw(receives)

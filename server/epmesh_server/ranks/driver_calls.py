@@ -102,7 +102,7 @@ class OpenReceives:
             most = f"at most {_MAX_OPEN_RECEIVES} of {_MAX_OPEN_BYTES} bytes"
             raise InvalidRequest(f"{count} receives of {size} bytes would be open, {most} may be; wait for some first")
         tensors = [_expected(operation.tensor) for operation in operations]
-        opened = comm.open_receives([(tensor, each.peer) for tensor, each in zip(tensors, operations, strict=True)])
+        opened = comm._open_receives([(tensor, each.peer) for tensor, each in zip(tensors, operations, strict=True)])
         numbers = range(self._last + 1, self._last + 1 + len(opened))
         for number, receive, tensor in zip(numbers, opened, tensors, strict=True):
             self._open[number] = _OpenReceive(receive, tensor, epoch)
@@ -119,7 +119,7 @@ class OpenReceives:
         if found is None:
             raise InvalidRequest(f"receive {number} is not open here; it may be waited for once")
         try:
-            comm.finish_receive(found.receive)
+            comm._finish_receive(found.receive)
         except DeadlineExceeded:
             self._open[number] = found
             raise
@@ -127,7 +127,7 @@ class OpenReceives:
 
     def close(self, comm: JoinedCommunicator, numbers: Iterable[int]) -> None:
         """Nobody waits for these any more."""
-        comm.close_receives([self._open.pop(number).receive for number in numbers if number in self._open])
+        comm._close_receives([self._open.pop(number).receive for number in numbers if number in self._open])
 
     def clear(self, comm: JoinedCommunicator) -> None:
         """Closes all."""
