@@ -242,8 +242,8 @@ class DriverSession:
                 raise self._given_back()
             stream = communicator_service_pb2_grpc.CommunicatorServiceStub(channel).AttachRank(request)
             thread = threading.Thread(target=self._read, args=(stream, granted), name="epmesh-driver", daemon=True)
+            thread.start()  # still under the lock: whoever hangs up waits for the thread, which must have begun
             self._streams[stream] = thread
-        thread.start()
         return granted
 
     def _renew(self) -> None:

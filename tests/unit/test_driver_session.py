@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -200,6 +201,25 @@ def test_a_hold_that_cannot_be_moved_outlives_many_replacements(
     service.refuses = False
     service.wait_for("hold", replaced(authority, tls))
     session.detach()
+
+
+def test_a_rank_may_be_given_back_while_its_hold_is_being_moved(
+    service: NodeService, authority: Authority, tls: TlsFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = drive(service, tls)
+    moving, start = threading.Event(), threading.Thread.start
+
+    def start_late(thread: threading.Thread) -> None:
+        if threading.current_thread() is session._renewing:
+            moving.set()
+            time.sleep(0.2)  # the stream is there, its thread is not
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_late)
+    replaced(authority, tls)
+    assert moving.wait(PATIENCE_S)
+    session.detach()
+    assert not [each for each in (*session._streams.values(), session._renewing) if each and each.is_alive()]
 
 
 def test_a_session_is_over_with_the_stream_that_holds_the_rank(
