@@ -18,7 +18,7 @@ import pytest
 import epmesh
 from epmesh import Communicator, InvalidRequest, MeshUnavailable, PeerLost, Unauthenticated
 from epmesh.channels import NodeAddress
-from epmesh.driver_session import DriverSession
+from epmesh.driver_session import DriverSession, open_session
 from epmesh.front import FrontClient, FrontPeer
 from epmesh.testing import LocalMesh
 from epmesh.v1 import front_pb2
@@ -186,14 +186,14 @@ def test_calls_after_the_end_say_so(mesh: HostedMesh) -> None:
 
 
 def test_a_call_that_comes_second_to_the_end_is_not_made(mesh: HostedMesh) -> None:
-    session = DriverSession(NodeAddress(mesh.addresses[0]), 0, "leaves", 5.0, tls=None)
+    session = open_session(mesh.addresses[0], 0, "leaves", 20.0)
     session.detach()
     with pytest.raises(MeshUnavailable, match="rank 0 was given back"), session.calling():
         pytest.fail("the rank may have another driver by now")
 
 
 def test_the_calls_of_an_earlier_driver_are_refused(mesh: HostedMesh) -> None:
-    earlier = DriverSession(NodeAddress(mesh.addresses[0]), 0, "earlier", 5.0, tls=None)
+    earlier = open_session(mesh.addresses[0], 0, "earlier", 20.0)
     earlier.detach()
     with mesh.attach(0) as comm, contextlib.closing(FrontClient(earlier.granted.mesh_id)) as client:
         comm.check()
