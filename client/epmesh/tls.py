@@ -115,12 +115,13 @@ class TlsFiles:
         return None
 
     @property
-    def stamp(self) -> tuple[tuple[int, int], ...]:
-        """Changes when one of the files does; of a file that is missing right now, zeros."""
-        return tuple(_stamp(path) for path in (self.ca, self.certificate, self.private_key))
+    def stamp(self) -> tuple[FileStamp | None, ...]:
+        """Changes when one of the files does."""
+        return tuple(file_stamp(path) for path in (self.ca, self.certificate, self.private_key))
 
 
 Tls = TlsFiles | str | os.PathLike[str]
+FileStamp = tuple[int, int, int]
 
 
 def tls_files(tls: Tls | None) -> TlsFiles | None:
@@ -163,9 +164,12 @@ def _unreadable(path: Path, error: OSError) -> InvalidRequest:
     )
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def file_stamp(path: Path) -> FileStamp | None:
+    """Changes when the file does; `None` where there is none right now."""
     try:
         found = path.stat()
+    except FileNotFoundError:
+        return None
     except OSError:
-        return 0, 0
-    return found.st_mtime_ns, found.st_ino
+        return 0, 0, 0  # reading it says what is wrong
+    return found.st_mtime_ns, found.st_ino, found.st_size

@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 
 from epmesh.errors import InvalidRequest, Unauthenticated
-from epmesh.tls import TlsFiles
+from epmesh.tls import TlsFiles, file_stamp
 
 LOOK_EVERY_S = 1.0
 _MAX_FILE_BYTES = 16 << 20
@@ -175,7 +175,7 @@ class Revocations:
                 _log.exception("revoke.failed")
 
     def _both(self) -> tuple[object, object]:
-        return _stamp(self._path), _stamp(self._tls.ca)
+        return file_stamp(self._path), file_stamp(self._tls.ca)
 
     def _read(self) -> frozenset[CertificateId]:
         try:
@@ -193,14 +193,3 @@ class Revocations:
 def refusal(certificate: CertificateId, owner: str) -> Unauthenticated:
     """What whoever shows a revoked certificate is told."""
     return Unauthenticated(f"certificate {certificate} of {owner} was revoked; use the one that replaced it")
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Changes when the file does; `None` where there is none."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    except OSError:
-        return 0, 0, 0  # reading it says what is wrong
-    return found.st_mtime_ns, found.st_ino, found.st_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,6 +36,26 @@ ClientTlsOption = Annotated[
     ),
 ]
 LevelOption = Annotated[LogLevel, typer.Option(envvar="EPMESH_LOG_LEVEL", help="Least severe lines on stderr.")]
+
+
+def service_tls(panel: str | None = None) -> Any:
+    """``--tls-dir`` of a service."""
+    return typer.Option(
+        envvar="EPMESH_TLS_DIR",
+        help="Directory with ca.crt, tls.crt and tls.key (see `epmesh certs`): callers must show who they are.",
+        show_default="no TLS",
+        rich_help_panel=panel,
+    )
+
+
+def insecure_service(panel: str | None = None) -> Any:
+    """``--insecure`` of a service."""
+    return typer.Option(
+        "--insecure",
+        envvar="EPMESH_INSECURE",
+        help="Allow a --host that others can reach, though nothing authenticates them.",
+        rich_help_panel=panel,
+    )
 
 
 def take_service_links(environment: MutableMapping[str, str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from epmesh_server.cli.logs import LogLevel, configure_logging
-from epmesh_server.cli.options import DEFAULT_DATA_DIR, LevelOption, TokenOption
+from epmesh_server.cli.options import DEFAULT_DATA_DIR, LevelOption, TokenOption, insecure_service, service_tls
 
 
 def coordinator(
@@ -39,22 +39,8 @@ def coordinator(
             envvar="EPMESH_MIN_NODES", help="Fewest nodes a view may have.", show_default="half of the last view's"
         ),
     ] = None,
-    tls_dir: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="EPMESH_TLS_DIR",
-            help="Directory with ca.crt, tls.crt and tls.key (see `epmesh certs`): callers must show who they are.",
-            show_default="no TLS",
-        ),
-    ] = None,
-    insecure: Annotated[
-        bool,
-        typer.Option(
-            "--insecure",
-            envvar="EPMESH_INSECURE",
-            help="Allow a --host that others can reach, though nothing authenticates them.",
-        ),
-    ] = False,
+    tls_dir: Annotated[Path | None, service_tls()] = None,
+    insecure: Annotated[bool, insecure_service()] = False,
     metrics_port: Annotated[
         int,
         typer.Option(

@@ -13,9 +13,11 @@ from epmesh_server.cli.options import (
     DEFAULT_DATA_DIR,
     LevelOption,
     TokenOption,
+    insecure_service,
     parse_size,
     refuse_beside,
     refuse_without_ranks,
+    service_tls,
     tls_dir_beside,
 )
 from epmesh_server.hosted.options import DEFAULT_DRAIN_S, HostedRanks, parse_hold
@@ -93,24 +95,8 @@ def serve(
             rich_help_panel=_SERVICE,
         ),
     ] = None,
-    tls_dir: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="EPMESH_TLS_DIR",
-            help="Directory with ca.crt, tls.crt and tls.key (see `epmesh certs`): callers must show who they are.",
-            show_default="no TLS",
-            rich_help_panel=_SERVICE,
-        ),
-    ] = None,
-    insecure: Annotated[
-        bool,
-        typer.Option(
-            "--insecure",
-            envvar="EPMESH_INSECURE",
-            help="Allow a --host that others can reach, though nothing authenticates them.",
-            rich_help_panel=_SERVICE,
-        ),
-    ] = False,
+    tls_dir: Annotated[Path | None, service_tls(_SERVICE)] = None,
+    insecure: Annotated[bool, insecure_service(_SERVICE)] = False,
     metrics_port: Annotated[
         int,
         typer.Option(
